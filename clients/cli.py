@@ -1,0 +1,49 @@
+"""The command `moescope`: puts the sub-commands together and prints errors.
+
+Each `cli_*.py` beside this file is a thin layer over functions that Python callers use too.
+"""
+
+import sys
+
+import click
+import typer
+from rich.console import Console
+
+from moescope.clients.cli_analysis import import_app, register_analysis, store_app
+from moescope.clients.cli_data import data_app, specimen_app
+from moescope.clients.cli_trace import register_trace
+from moescope.tracer.errors import MoescopeError
+
+app = typer.Typer(
+    name="moescope",
+    help="Trace the expert routing of mixture-of-experts models in vLLM, and rank the experts "
+    "whose use differs between two conditions.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+register_trace(app)
+register_analysis(app)
+app.add_typer(store_app, name="store")
+app.add_typer(data_app, name="data")
+app.add_typer(import_app, name="import")
+app.add_typer(specimen_app, name="specimen")
+
+
+def main() -> None:
+    """Run the command line; a failure that we can explain is one message and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except MoescopeError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

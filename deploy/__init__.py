@@ -1,0 +1,1 @@
+"""Running moescope on many machines."""
