@@ -9,8 +9,8 @@ and top-k routing it holds
     experts    uint8|uint16 [L*k]  logical expert ids, layer-major: layer 0's k, layer 1's k, ...
     weights    float16      [L*k]  the gate weights of those experts, in the same order
 
-Within a layer the k experts stand in descending order of gate weight (ties: lower id first),
-so that equal routing gives equal rows whatever kernel chose it.
+Within a layer the k experts stand in descending order of gate weight, so that equal routing
+gives equal rows whatever kernel chose it.
 """
 
 from dataclasses import asdict, dataclass

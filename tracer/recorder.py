@@ -1,0 +1,155 @@
+"""Record a step: the routers fill device buffers, and the end of the step hands rows to the sink.
+
+    device buffers   experts uint8|uint16 [max_tokens, layers, k]   at fixed addresses,
+                     weights float16      [max_tokens, layers, k]   overwritten by every step
+
+A router only ever calls `record` (it may run inside a captured graph or a dummy run, where no
+request is behind the tokens). Which rows mean anything is decided by `end_step`, which knows the
+batch: row i belongs to the i-th scheduled token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moescope.tracer.format import ModelFacts
+from moescope.tracer.request import TraceRequest
+from moescope.tracer.ring import Rows
+from moescope.tracer.sink import NullSink, Sink
+
+
+@dataclass(slots=True)
+class _Live:
+    """A traced request between its first step and its finish."""
+
+    number: int
+    lost_rows: int = 0
+
+
+class Recorder:
+    """The tracer of one engine, from the router's outputs to the sink."""
+
+    def __init__(self, facts: ModelFacts, max_tokens: int, device: torch.device) -> None:
+        shape = facts.shape
+        ids = torch.uint8 if shape.id_dtype.itemsize == 1 else torch.uint16
+        size = (max_tokens, len(shape.layers), shape.top_k)
+        self.facts = facts
+        self.experts = torch.zeros(size, dtype=ids, device=device)
+        self.weights = torch.zeros(size, dtype=torch.float16, device=device)
+        self.sink: Sink | None = None
+        self.num_requests = 0
+        self._live: dict[str, _Live] = {}
+        self._unsent: list[dict[str, Any]] = []
+
+    @property
+    def num_live(self) -> int:
+        """Traced requests that have begun and whose finish the sink has not got."""
+        return len(self._live) + len(self._unsent)
+
+    def record(self, layer: int, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        """Store the routing of one layer (0-based among the traced ones) for all of its tokens.
+
+        `weights` and `ids` are [tokens, k]; they are kept in descending order of weight.
+        """
+        tokens = ids.shape[0]
+        ordered, order = torch.sort(weights, dim=-1, descending=True, stable=True)
+        self.weights[:tokens, layer].copy_(ordered)
+        self.experts[:tokens, layer].copy_(torch.gather(ids, 1, order))
+
+    def begin(self, request_id: str, wishes: TraceRequest, prompt_tokens: int, **more: Any) -> None:
+        """A traced request is scheduled for the first time; again after preemption: no effect."""
+        if self.sink is None or request_id in self._live:
+            return
+        number = self.num_requests + 1
+        message = {
+            "op": "begin",
+            "request": number,
+            "request_id": request_id,
+            "run": wishes.run,
+            "example_id": wishes.example_id,
+            "condition": wishes.condition,
+            "spans": wishes.spans,
+            "prompt_tokens": prompt_tokens,
+            **more,
+        }
+        if self.sink.send(message):
+            self.num_requests = number
+            self._live[request_id] = _Live(number)
+
+    def finish(self, request_ids: Sequence[str] | set[str]) -> None:
+        """These requests get no more rows; ids that are not traced are passed over."""
+        if self.sink is None:
+            return
+        for request_id in self._live.keys() & set(request_ids):
+            live = self._live.pop(request_id)
+            message = {"op": "finish", "request": live.number, "lost_rows": live.lost_rows}
+            self._unsent.append(message)
+        while self._unsent and self.sink.send(self._unsent[0]):
+            self._unsent.pop(0)
+
+    def end_step(
+        self,
+        request_ids: Sequence[str],
+        counts: NDArray[np.int32],
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """Hand over the rows of a step.
+
+        Args:
+            request_ids: the batch's requests, in the order of their tokens.
+            counts: int32 [requests], scheduled tokens of each.
+            tokens: int [>= sum(counts)], the token ids, on the device.
+            positions: int [>= sum(counts)], the positions, on the device.
+
+        """
+        if self.sink is None or not self._live:
+            return
+        live = self._live
+        numbers = np.array([live[r].number if r in live else 0 for r in request_ids], np.uint32)
+        owner = np.repeat(numbers, counts)
+        total = len(owner)
+        places = None if numbers.all() else np.flatnonzero(owner)
+        if places is not None and not len(places):
+            return
+        routes = self.facts.shape.num_routes
+        rows = Rows(
+            owner,
+            _to_host(positions[:total]).astype(np.int32, copy=False),
+            _to_host(tokens[:total]).astype(np.int32, copy=False),
+            _to_host(self.experts[:total]).reshape(total, routes),
+            _to_host(self.weights[:total]).reshape(total, routes),
+        )
+        if not self.sink.write(rows, places):
+            for request_id, count in zip(request_ids, counts, strict=True):
+                if request_id in live:
+                    live[request_id].lost_rows += int(count)
+
+    def attach(self, sink: Sink) -> None:
+        """Send rows to `sink` from now on; requests that run already are not traced."""
+        self.sink = sink
+
+    def detach(self) -> None:
+        """Close the sink; requests that are not finished by now are given up."""
+        sink, self.sink = self.sink, None
+        self._live, self._unsent = {}, []
+        if sink is not None:
+            sink.close()
+
+    def status(self) -> dict[str, Any]:
+        """Counters for `collective_rpc`."""
+        return {
+            "attached": self.sink is not None and not isinstance(self.sink, NullSink),
+            "live": self.num_live,
+            "requests": self.num_requests,
+            "dropped_rows": getattr(self.sink, "dropped_rows", 0),
+        }
+
+
+def _to_host(tensor: torch.Tensor) -> NDArray[Any]:
+    """The tensor as an array; waits for the device, which only a GPU makes costly."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor.cpu().numpy()  # type: ignore[no-any-return]

@@ -1,0 +1,82 @@
+"""Trace a `vllm.LLM` of the user's own: `with trace(llm, store=..., run=...): llm.generate(...)`."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moescope.tracer.errors import TracerError
+from moescope.tracer.format import DEFAULT_RUN
+from moescope.tracer.request import TraceRequest
+from moescope.tracer.settings import load_settings
+
+_SETTLE_TIMEOUT_S = 60.0
+
+
+@contextmanager
+def trace(
+    llm: Any,
+    *,
+    store: str | Path | None,
+    run: str = DEFAULT_RUN,
+    condition: str | None = None,
+    default: bool = True,
+    **settings: Any,
+) -> Iterator[None]:
+    """Trace the requests that `llm` serves inside the block, and have them on disk after it.
+
+    Requests may name their own run, example and condition:
+    `SamplingParams(extra_args=TraceRequest(example_id="q1", condition="with_doc").extra_args())`.
+
+    Args:
+        llm: a `vllm.LLM` with a mixture-of-experts model.
+        store: the trace store's folder, made if there is none; None records and writes nothing.
+        run: the run of requests that don't name one.
+        condition: the condition of requests that don't name one.
+        default: whether requests that say nothing are traced.
+        settings: any of the settings in docs/settings.md, such as policy="drop".
+
+    Raises:
+        UnsupportedModelError: the model's routing can't be traced; the message says what to do.
+        StoreError: `store` is something else, or holds another model's traces.
+        TracerError: rows were lost that the policy promised to keep.
+
+    """
+    from moescope.tracer.vllm_seam import set_default_request
+
+    load_settings(**settings)  # an error here names the setting, before the engine is asked
+    place = None if store is None else str(Path(store).absolute())
+    try:
+        llm.collective_rpc("moescope_start", args=(place, settings))
+    except NotImplementedError:
+        raise TracerError(
+            "this engine runs without moescope's vLLM plugin: VLLM_PLUGINS is set and does not "
+            "name moescope, or moescope was not installed with pip"
+        ) from None
+    try:
+        set_default_request(llm, TraceRequest(trace=default, run=run, condition=condition))
+        yield
+        settle(llm)
+    finally:
+        set_default_request(llm, None)
+        llm.collective_rpc("moescope_stop")
+
+
+def settle(llm: Any) -> dict[str, Any]:
+    """Wait until every finished request of `llm` is on disk; returns the tracer's counters.
+
+    The engine tells its workers of finished requests with the step after, so an idle engine in
+    this process needs one more, empty step.
+    """
+    from moescope.tracer.vllm_seam import run_empty_step
+
+    deadline = time.monotonic() + _SETTLE_TIMEOUT_S
+    while True:
+        status: dict[str, Any] = llm.collective_rpc("moescope_sync")[0]
+        if not status["live"] or llm.llm_engine.has_unfinished_requests():
+            return status
+        if time.monotonic() > deadline:
+            raise TracerError(f"{status['live']} finished requests never reached the tracer")
+        run_empty_step(llm)
+        time.sleep(0.001)

@@ -1,0 +1,168 @@
+"""Where a step's rows go: into the ring of a writer process, or nowhere."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.tracer.errors import TracerError
+from moescope.tracer.format import ModelFacts
+from moescope.tracer.ring import (
+    CLOSED,
+    DROPPED,
+    FAILED,
+    FINISHED,
+    HEAD,
+    STARTING,
+    STATE,
+    SYNC_ASKED,
+    SYNC_DONE,
+    Ring,
+    Rows,
+)
+from moescope.tracer.settings import Settings
+
+_START_TIMEOUT_S = 60.0
+_WAIT_S = 0.0005
+_ALIVE_EVERY_S = 0.1
+
+
+class Sink(Protocol):
+    """Takes rows and messages of one engine."""
+
+    def write(self, rows: Rows, places: NDArray[np.intp] | None) -> bool:
+        """Take a step's rows, or those at `places`; False when they were dropped."""
+
+    def send(self, message: dict[str, Any]) -> bool:
+        """Pass a `begin` or `finish` message on; False when there was no room."""
+
+    def sync(self) -> None:
+        """Return when everything finished so far is on disk."""
+
+    def close(self) -> None:
+        """Finish; every finished request is on disk afterwards."""
+
+
+class NullSink:
+    """Takes everything and keeps nothing: what tracing costs without the writing."""
+
+    def write(self, rows: Rows, places: NDArray[np.intp] | None) -> bool:  # noqa: ARG002
+        """Do nothing."""
+        return True
+
+    def send(self, message: dict[str, Any]) -> bool:  # noqa: ARG002
+        """Do nothing."""
+        return True
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class RingSink:
+    """The engine's end of the ring, and the owner of the writer process."""
+
+    def __init__(self, store: Path, facts: ModelFacts, settings: Settings) -> None:
+        self._block = settings.policy == "block"
+        capacity = max((settings.ring_mib << 20) // facts.shape.row_bytes, 1)
+        message_bytes = 1 << 22
+        self._ring = Ring.create(facts.shape, capacity, message_bytes)
+        argument = {
+            "fd": self._ring.fd,
+            "capacity": capacity,
+            "message_bytes": message_bytes,
+            "parent": os.getpid(),
+            "store": str(store),
+            "facts": facts.to_json(),
+            "settings": settings.model_dump(mode="json"),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "moescope.tracer.writer", json.dumps(argument)],
+            pass_fds=[self._ring.fd],
+            start_new_session=True,  # Ctrl-C is for the engine, whose end the writer outlives
+            stdin=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while self._ring.word(STATE) == STARTING:
+            self._check_alive()
+            if time.monotonic() > deadline:
+                self._process.kill()
+                raise TracerError(f"the trace writer didn't start within {_START_TIMEOUT_S:.0f} s")
+            time.sleep(_WAIT_S)
+        self._check_alive()
+
+    @property
+    def dropped_rows(self) -> int:
+        """Rows that were let go since the start."""
+        return self._ring.word(DROPPED)
+
+    def write(self, rows: Rows, places: NDArray[np.intp] | None) -> bool:
+        """Copy rows into the ring; waits or drops by the policy when it is full."""
+        ring, count = self._ring, len(rows) if places is None else len(places)
+        if not self._block and count > ring.free:
+            ring.set_word(DROPPED, ring.word(DROPPED) + count)
+            return False
+        done = 0
+        while done < count:  # once, but for a step larger than the ring
+            part = min(count - done, ring.capacity)
+            self._wait_for(lambda: ring.free >= part)  # noqa: B023
+            for source, target in ring.reserve(part):
+                chosen = slice(done + source.start, done + source.stop)
+                for mine, theirs in zip(target.columns(), rows.columns(), strict=True):
+                    if places is None:
+                        mine[:] = theirs[chosen]
+                    else:
+                        np.take(theirs, places[chosen], axis=0, out=mine, mode="clip")
+            ring.publish(part)
+            done += part
+        return True
+
+    def send(self, message: dict[str, Any]) -> bool:
+        """Queue a message; waits or gives up by the policy when there is no room."""
+        if message["op"] == "finish":
+            message["rows_before"] = int(self._ring.words[HEAD])
+        if self._block:
+            self._wait_for(lambda: self._ring.send(message))
+            return True
+        return self._ring.send(message)
+
+    def sync(self) -> None:
+        """Wait until every request finished so far is on disk; TracerError if that fails."""
+        asked = self._ring.word(SYNC_ASKED) + 1
+        self._ring.set_word(SYNC_ASKED, asked)
+        self._wait_for(lambda: self._ring.word(SYNC_DONE) >= asked)
+
+    def close(self) -> None:
+        """End the writer; TracerError if it failed."""
+        self._ring.set_word(CLOSED, 1)
+        self._process.wait()
+        state, failure = self._ring.word(STATE), self._ring.failure
+        self._ring.close()
+        if state != FINISHED:
+            raise TracerError(f"the trace writer failed: {failure or 'it was killed'}")
+
+    def _wait_for(self, ready: Any) -> None:
+        checked = time.monotonic()
+        while not ready():
+            if time.monotonic() - checked > _ALIVE_EVERY_S:
+                self._check_alive()
+                checked = time.monotonic()
+            time.sleep(_WAIT_S)
+
+    def _check_alive(self) -> None:
+        if self._ring.word(STATE) == FAILED:
+            self._process.wait()
+            raise TracerError(f"the trace writer failed: {self._ring.failure}")
+        if self._process.poll() is not None:
+            raise TracerError(
+                f"the trace writer died (exit status {self._process.returncode}); "
+                "restart the engine to trace again, what it had written is whole"
+            )
