@@ -111,8 +111,8 @@ class Assembler:
         the time it sees the token; without it, it hasn't. The row is kept in neither case.
         """
         request = self._pool.request[places]
-        starts = np.flatnonzero(np.r_[True, request[1:] != request[:-1]]) if len(request) else []
-        stops = np.r_[starts[1:], len(request)].astype(int) if len(request) else []
+        starts = np.flatnonzero(np.diff(request.astype(np.int64), prepend=-1))
+        stops = np.append(starts[1:], len(request))[: len(starts)]
         keep = np.ones(len(places), bool)
         counts = dict.fromkeys(self._finished, 0)
         for start, stop in zip(starts, stops, strict=True):

@@ -152,4 +152,4 @@ class Recorder:
 
 def _to_host(tensor: torch.Tensor) -> NDArray[Any]:
     """The tensor as an array; waits for the device, which only a GPU makes costly."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor.cpu().numpy()  # type: ignore[no-any-return]
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor.cpu().numpy()

@@ -14,7 +14,6 @@ Naming any of them but `moescope_trace` turns tracing on.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator

@@ -102,7 +102,9 @@ class Ring:
     @staticmethod
     def size(shape: MoeShape, capacity: int, message_bytes: int) -> int:
         """Bytes of the whole mapping."""
-        sizes = [capacity * dtype.itemsize * int(np.prod(t, dtype=int)) for dtype, t in _columns(shape)]
+        sizes = [
+            capacity * dtype.itemsize * int(np.prod(t, dtype=int)) for dtype, t in _columns(shape)
+        ]
         return _HEADER_BYTES + sum(size + -size % 64 for size in sizes) + message_bytes
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Trace a `vllm.LLM` of the user's own: `with trace(llm, store=..., run=...): llm.generate(...)`."""
+"""Trace a `vllm.LLM` that the user made: `with trace(llm, store=...): llm.generate(...)`."""
 
 import time
 from collections.abc import Iterator
@@ -43,24 +43,18 @@ def trace(
         TracerError: rows were lost that the policy promised to keep.
 
     """
-    from moescope.tracer.vllm_seam import set_default_request
+    from moescope.tracer.vllm_seam import call_workers, set_default_request
 
     load_settings(**settings)  # an error here names the setting, before the engine is asked
     place = None if store is None else str(Path(store).absolute())
-    try:
-        llm.collective_rpc("moescope_start", args=(place, settings))
-    except NotImplementedError:
-        raise TracerError(
-            "this engine runs without moescope's vLLM plugin: VLLM_PLUGINS is set and does not "
-            "name moescope, or moescope was not installed with pip"
-        ) from None
+    call_workers(llm, "start", place, settings)
     try:
         set_default_request(llm, TraceRequest(trace=default, run=run, condition=condition))
         yield
         settle(llm)
     finally:
         set_default_request(llm, None)
-        llm.collective_rpc("moescope_stop")
+        call_workers(llm, "stop")
 
 
 def settle(llm: Any) -> dict[str, Any]:
@@ -69,11 +63,11 @@ def settle(llm: Any) -> dict[str, Any]:
     The engine tells its workers of finished requests with the step after, so an idle engine in
     this process needs one more, empty step.
     """
-    from moescope.tracer.vllm_seam import run_empty_step
+    from moescope.tracer.vllm_seam import call_workers, run_empty_step
 
     deadline = time.monotonic() + _SETTLE_TIMEOUT_S
     while True:
-        status: dict[str, Any] = llm.collective_rpc("moescope_sync")[0]
+        status = call_workers(llm, "sync")[0]
         if not status["live"] or llm.llm_engine.has_unfinished_requests():
             return status
         if time.monotonic() > deadline:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.tracer.errors import TracerError
+from moescope.tracer.errors import StoreError, TracerError
 from moescope.tracer.format import ModelFacts
 from moescope.tracer.ring import (
     CLOSED,
@@ -160,6 +160,9 @@ class RingSink:
     def _check_alive(self) -> None:
         if self._ring.word(STATE) == FAILED:
             self._process.wait()
+            kind, _, message = self._ring.failure.partition(": ")
+            if kind == StoreError.__name__:
+                raise StoreError(message)
             raise TracerError(f"the trace writer failed: {self._ring.failure}")
         if self._process.poll() is not None:
             raise TracerError(

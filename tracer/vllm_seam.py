@@ -22,7 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from moescope.tracer.errors import InputError, MoescopeError, UnsupportedModelError
+from moescope.tracer import errors
+from moescope.tracer.errors import (
+    InputError,
+    MoescopeError,
+    TracerError,
+    UnsupportedModelError,
+)
 from moescope.tracer.format import ModelFacts, MoeShape
 from moescope.tracer.recorder import Recorder
 from moescope.tracer.request import RESOLVED, TraceRequest, parse_extra_args
@@ -30,6 +36,10 @@ from moescope.tracer.settings import Settings, load_settings
 from moescope.tracer.sink import NullSink, RingSink
 
 SUPPORTED = "0.32"
+NO_PLUGIN = (
+    "this engine runs without moescope's vLLM plugin: either VLLM_PLUGINS is set and does not name "
+    "moescope, or moescope was not installed with pip"
+)
 
 # The recorder of the step that runs now. Compiled graphs of CPU engines reach it through the
 # operator below, since they must hold no object of ours.
@@ -384,9 +394,37 @@ def _requests_change(recorder: Recorder, scheduler_output: Any) -> None:
             )
 
 
-# The worker: remote calls.
+# The worker: remote calls. An error of ours travels back as a value: vLLM would keep only its text.
 
 
+def call_workers(llm: Any, method: str, *args: Any) -> list[dict[str, Any]]:
+    """Call `moescope_METHOD` on every worker of a `vllm.LLM`; raises what the workers raised."""
+    try:
+        answers: list[dict[str, Any]] = llm.collective_rpc(f"moescope_{method}", args=args)
+    except NotImplementedError as error:
+        raise TracerError(NO_PLUGIN) from error
+    except Exception as error:
+        if "is not implemented" in str(error):  # from an engine in another process
+            raise TracerError(NO_PLUGIN) from error
+        raise
+    for answer in answers:
+        if "error" in answer:
+            raise getattr(errors, answer["error"])(answer["message"])
+    return answers
+
+
+def _answer(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(method)
+    def answer(self: Any, *args: Any) -> dict[str, Any]:
+        try:
+            return method(self, *args)
+        except MoescopeError as error:
+            return {"error": type(error).__name__, "message": str(error)}
+
+    return answer
+
+
+@_answer
 def moescope_start(self: Any, store: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     """Trace into `store`, or, for a baseline that records and writes nothing, into none.
 
@@ -424,6 +462,7 @@ def _prove(worker: Any, recorder: Recorder) -> None:
         )
 
 
+@_answer
 def moescope_sync(self: Any) -> dict[str, Any]:
     """Put every finished request on disk; returns counters, `live` among them."""
     recorder = self.model_runner.moescope.demand()
@@ -432,6 +471,7 @@ def moescope_sync(self: Any) -> dict[str, Any]:
     return recorder.status()
 
 
+@_answer
 def moescope_stop(self: Any) -> dict[str, Any]:
     """Stop tracing; finished requests are on disk afterwards, others are given up."""
     recorder = self.model_runner.moescope.demand()
@@ -440,6 +480,7 @@ def moescope_stop(self: Any) -> dict[str, Any]:
     return status
 
 
+@_answer
 def moescope_status(self: Any) -> dict[str, Any]:
     """The model's facts and the counters, or the reason why this model can't be traced."""
     tracer = self.model_runner.moescope

@@ -1,0 +1,141 @@
+import dataclasses
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moescope.tracer.assemble import Assembler, Traced
+from moescope.tracer.errors import StoreError
+from moescope.tracer.format import MoeShape
+from moescope.tracer.store import StoreWriter, committed_files, read_manifest, read_writers
+
+
+@pytest.fixture
+def tables(shape, make_rows):
+    def make(*numbers):
+        assembler = Assembler(shape)
+        for number in numbers:
+            assembler.begin(Traced(number, f"r{number}", "run", 3))
+            assembler.add(make_rows(number, range(5)))
+            assembler.finish(number, 0)
+        return assembler.take()
+
+    return make
+
+
+def test_what_is_committed_is_read_back_by_plain_parquet(tmp_path, facts, tables):
+    with StoreWriter(tmp_path / "s", facts) as store:
+        store.commit(*tables(1, 2))
+        store.commit(*tables(3))
+    assert read_manifest(tmp_path / "s") == facts
+    tokens, requests = committed_files(tmp_path / "s")
+    assert [pq.read_table(file).num_rows for file in tokens] == [10, 5]
+    assert pa.concat_tables([pq.read_table(f) for f in requests])["request_id"].to_pylist() == [
+        "r1",
+        "r2",
+        "r3",
+    ]
+    [counters] = read_writers(tmp_path / "s")
+    assert (counters.state, counters.files, counters.rows, counters.requests) == (
+        "closed",
+        2,
+        15,
+        3,
+    )
+    assert counters.bytes == sum(file.stat().st_size for file in tokens + requests)
+    assert not list((tmp_path / "s").rglob(".*"))
+
+
+def test_two_writers_share_a_store_and_leave_each_other_alone(tmp_path, facts, tables):
+    with StoreWriter(tmp_path, facts) as one, StoreWriter(tmp_path, facts) as two:
+        one.commit(*tables(1))
+        two.commit(*tables(2))
+        with StoreWriter(tmp_path, facts) as three:
+            three.commit(*tables(3))
+        assert sorted(w.state for w in read_writers(tmp_path)) == ["closed", "open", "open"]
+        one.commit(*tables(4))
+    assert len(committed_files(tmp_path)[0]) == 4
+
+
+def test_another_model_or_another_folder_is_refused(tmp_path, facts):
+    StoreWriter(tmp_path / "s", facts).close()
+    other = dataclasses.replace(facts, shape=MoeShape((1, 2), 8, 2))
+    with pytest.raises(StoreError, match=r"another model.*moe_layers"):
+        StoreWriter(tmp_path / "s", other)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(StoreError, match="neither empty nor a trace store"):
+        StoreWriter(tmp_path / "mine", facts)
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="is a file"):
+        StoreWriter(tmp_path / "file", facts)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "not a trace store"),
+        ("{", "damaged"),
+        ('{"format_version": 99}', "format version 99"),
+        ('{"format_version": 1, "model": {}}', "lacks"),
+    ],
+)
+def test_an_unreadable_manifest_says_what_to_do(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(StoreError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_a_killed_writer_is_mended_by_the_next(tmp_path, facts, tables):
+    """A process really dies between the tokens file and its twin."""
+    StoreWriter(tmp_path, facts).close()
+    script = textwrap.dedent("""
+        import os, pickle, signal, sys
+        from pathlib import Path
+        import moescope.tracer.store as store
+        facts, first, second = pickle.loads(sys.stdin.buffer.read())
+        writer = store.StoreWriter(Path(sys.argv[1]), facts, writer="victim")
+        writer.commit(*first)
+        write = writer._write
+        def die(folder, name, table):
+            if folder == "requests":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(folder, name, table)
+        writer._write = die
+        writer.commit(*second)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        input=pickle.dumps((facts, tables(1, 2), tables(3))),
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    orphan = tmp_path / "tokens" / "victim-000002.parquet"
+    assert orphan.exists()
+    assert [file.name for file in committed_files(tmp_path)[0]] == ["victim-000001.parquet"]
+    # The counters of the crash may be behind; the next writer counts anew.
+    counters_file = tmp_path / "writers" / "victim.json"
+    counters = json.loads(counters_file.read_text())
+    counters_file.write_text(json.dumps(counters | {"rows": 0, "files": 0}))
+
+    StoreWriter(tmp_path, facts).close()
+    assert not orphan.exists()
+    victim = next(w for w in read_writers(tmp_path) if w.writer == "victim")
+    assert (victim.state, victim.files, victim.rows, victim.requests) == ("killed", 1, 10, 2)
+    assert not list((tmp_path / "writers").glob("*.lock"))
+
+
+def test_a_missing_tokens_file_is_an_error_of_the_reader(tmp_path, facts, tables):
+    with StoreWriter(tmp_path, facts) as store:
+        store.commit(*tables(1))
+    committed_files(tmp_path)[0][0].unlink()
+    with pytest.raises(StoreError, match="is missing"):
+        committed_files(tmp_path)

@@ -1,0 +1,170 @@
+"""The engine's end and the writer process together: real processes, really killed."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from moescope.tracer.errors import StoreError, TracerError
+from moescope.tracer.ring import TAIL
+from moescope.tracer.settings import Settings
+from moescope.tracer.sink import RingSink
+from moescope.tracer.store import committed_files, read_writers
+
+
+def begin(sink, number, prompt_tokens=4):
+    return sink.send(
+        {
+            "op": "begin",
+            "request": number,
+            "request_id": f"r{number}",
+            "run": "test",
+            "prompt_tokens": prompt_tokens,
+        }
+    )
+
+
+def finish(sink, number, lost_rows=0):
+    return sink.send({"op": "finish", "request": number, "lost_rows": lost_rows})
+
+
+def stored(path):
+    """{request id: token ids} of a store, and whether each is complete."""
+    tokens, requests = committed_files(path)
+    rows, complete = {}, {}
+    for token_file, request_file in zip(tokens, requests, strict=True):
+        for row in pq.read_table(token_file, columns=["request_id", "token_id"]).to_pylist():
+            rows.setdefault(row["request_id"], []).append(row["token_id"])
+        table = pq.read_table(request_file)
+        complete |= dict(
+            zip(table["request_id"].to_pylist(), table["complete"].to_pylist(), strict=True)
+        )
+    return rows, complete
+
+
+def test_what_is_finished_is_on_disk_after_sync(tmp_path, facts, make_rows):
+    sink = RingSink(tmp_path / "s", facts, Settings())
+    begin(sink, 1)
+    begin(sink, 2)
+    sink.write(make_rows(1, range(5)), None)
+    sink.write(make_rows(2, range(8)), None)
+    finish(sink, 1)
+    sink.sync()
+    assert stored(tmp_path / "s")[0] == {"r1": [1000 + i for i in range(5)]}
+    finish(sink, 2)
+    sink.close()
+    assert stored(tmp_path / "s")[1] == {"r1": True, "r2": True}
+    assert [writer.state for writer in read_writers(tmp_path / "s")] == ["closed"]
+
+
+def test_only_the_chosen_rows_are_written(tmp_path, facts, make_rows):
+    sink = RingSink(tmp_path, facts, Settings())
+    begin(sink, 1)
+    rows = make_rows(1, range(10))
+    sink.write(rows, np.arange(0, 5))
+    finish(sink, 1)
+    sink.close()
+    assert stored(tmp_path)[0] == {"r1": [1000 + i for i in range(5)]}
+
+
+def test_block_loses_nothing_through_a_tiny_ring(tmp_path, facts, make_rows, monkeypatch):
+    monkeypatch.setattr(type(facts.shape), "row_bytes", property(lambda _: 1 << 15))  # 32 rows
+    sink = RingSink(tmp_path, facts, Settings(ring_mib=1, file_rows=500))
+    for number in range(1, 21):
+        begin(sink, number)
+        sink.write(make_rows(number, range(100)), None)  # a step of three times the ring
+        finish(sink, number)
+    sink.close()
+    rows, complete = stored(tmp_path)
+    assert rows == {f"r{n}": [1000 * n + i for i in range(100)] for n in range(1, 21)}
+    assert all(complete.values())
+    assert len(committed_files(tmp_path)[0]) > 1
+
+
+def test_drop_counts_what_it_loses_and_never_waits(tmp_path, facts, make_rows, monkeypatch):
+    monkeypatch.setattr(type(facts.shape), "row_bytes", property(lambda _: 1 << 15))
+    sink = RingSink(tmp_path, facts, Settings(ring_mib=1, policy="drop"))
+    os.kill(sink._process.pid, signal.SIGSTOP)  # the disk hangs
+    begin(sink, 1)
+    begin(sink, 2)
+    assert sink.write(make_rows(1, range(20)), None)
+    started = time.monotonic()
+    assert not sink.write(make_rows(2, range(20)), None)
+    assert time.monotonic() - started < 0.1
+    assert sink.dropped_rows == 20
+    os.kill(sink._process.pid, signal.SIGCONT)
+    finish(sink, 1)
+    finish(sink, 2, lost_rows=20)
+    sink.close()
+    rows, complete = stored(tmp_path)
+    assert complete == {"r1": True, "r2": False}
+    assert list(rows) == ["r1"]
+    [counters] = read_writers(tmp_path)
+    assert (counters.dropped_rows, counters.incomplete_requests) == (20, 1)
+
+
+def test_a_dead_writer_stops_a_blocking_engine_with_a_reason(tmp_path, facts):
+    sink = RingSink(tmp_path, facts, Settings())
+    sink._process.kill()
+    sink._process.wait()
+    with pytest.raises(TracerError, match="writer died"):
+        sink.sync()
+    with pytest.raises(TracerError, match="killed"):
+        sink.close()
+
+
+def test_a_store_that_cannot_be_opened_is_an_error_at_the_start(tmp_path, facts):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="neither empty nor a trace store"):
+        RingSink(tmp_path, facts, Settings())
+
+
+def test_an_engine_killed_by_sigkill_leaves_its_finished_requests(tmp_path, facts, make_rows):
+    script = textwrap.dedent("""
+        import os, pickle, signal, sys, time
+        from pathlib import Path
+        from moescope.tracer.ring import HEAD, TAIL
+        from moescope.tracer.settings import Settings
+        from moescope.tracer.sink import RingSink
+        facts, done, running = pickle.loads(sys.stdin.buffer.read())
+        sink = RingSink(Path(sys.argv[1]), facts, Settings())
+        for n, rows in ((1, done), (2, running)):
+            sink.send({"op": "begin", "request": n, "request_id": f"r{n}", "run": "x",
+                       "prompt_tokens": 4})
+            sink.write(rows, None)
+        sink.send({"op": "finish", "request": 1, "lost_rows": 0})
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    killed = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        input=pickle.dumps((facts, make_rows(1, range(9)), make_rows(2, range(7)))),
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while read_writers(tmp_path)[0].state != "closed":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    rows, complete = stored(tmp_path)
+    assert rows == {"r1": [1000 + i for i in range(9)]}
+    assert complete == {"r1": True}
+
+
+def test_finished_requests_reach_the_disk_without_being_asked(tmp_path, facts, make_rows):
+    sink = RingSink(tmp_path, facts, Settings(flush_seconds=0.2))
+    begin(sink, 1)
+    sink.write(make_rows(1, range(9)), None)
+    finish(sink, 1)
+    deadline = time.monotonic() + 10
+    while not committed_files(tmp_path)[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert sink._ring.word(TAIL) == 9
+    sink.close()
