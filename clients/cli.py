@@ -5,9 +5,9 @@ Each `cli_*.py` beside this file is a thin layer over functions that Python call
 
 import sys
 
-import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from moescope.clients.cli_analysis import import_app, register_analysis, store_app
 from moescope.clients.cli_data import data_app, specimen_app
@@ -33,16 +33,11 @@ app.add_typer(specimen_app, name="specimen")
 def main() -> None:
     """Run the command line; a failure that we can explain is one message and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        app()
     except MoescopeError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {error}", soft_wrap=True)
-        code = 2
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+        console = Console(stderr=True, highlight=False)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -451,9 +451,10 @@ def _attach(worker: Any, store: Path | None, settings: Settings) -> None:
 
 def _prove(worker: Any, recorder: Recorder) -> None:
     """Run one token through the model and see every layer's routing arrive."""
-    recorder.weights[:1].fill_(float("nan"))
+    # No gate weight is negative; a dummy batch's may well be NaN (it attends to raw memory).
+    recorder.weights[:1].fill_(-1.0)
     _run(recorder, worker.execute_dummy_batch)
-    silent = recorder.weights[0].isnan().any(-1).nonzero().flatten().tolist()
+    silent = (recorder.weights[0] == -1.0).any(-1).nonzero().flatten().tolist()
     if silent:
         layers = [recorder.facts.shape.layers[index] for index in silent]
         raise UnsupportedModelError(

@@ -1,0 +1,300 @@
+"""The commands that look at a trace store: `store`, `import`, `sql` and `rd`.
+
+DuckDB, Arrow and matplotlib are imported inside the commands, so that `--help` is quick.
+"""
+
+import shutil
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress
+from rich.table import Table
+
+from moescope.tracer.errors import InputError
+
+SHOWN_ROWS = 100
+
+Store = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the trace store.")]
+
+store_app = typer.Typer(no_args_is_help=True, help="Describe and check trace stores.")
+import_app = typer.Typer(no_args_is_help=True, help="Make trace stores from published data.")
+
+
+def register_analysis(app: typer.Typer) -> None:
+    """Add the commands `sql` and `rd`."""
+    app.command("sql")(sql)
+    app.command("rd")(rd)
+
+
+@store_app.command("info")
+def info(store: Store) -> None:
+    """Say what a store holds: the model, the requests by run and condition, bytes and drops.
+
+    **Example:** `moescope store info traces`
+    """
+    from moescope.analysis.info import store_info
+
+    there = store_info(store)
+    shape, model = there.model.shape, there.model
+    rate = there.bytes_per_token
+    per_token = "" if rate is None else f", {rate:.1f} bytes a token"
+    facts = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("model", f"{model.model}{f' @ {model.revision}' if model.revision else ''}"),
+        ("architecture", f"{model.architecture}, {model.dtype}"),
+        ("MoE layers", f"{len(shape.layers)}, of layers {shape.layers[0]} to {shape.layers[-1]}"),
+        ("experts", f"{shape.num_experts} a layer, top-{shape.top_k}"),
+        ("scoring", f"{model.scoring}{', renormalized' if model.renormalize else ''}"),
+        ("traced by", model.engine),
+        ("tokens", f"{there.tokens:,}"),
+        ("on disk", f"{there.files:,} files, {there.bytes:,} bytes{per_token}"),
+    ):
+        facts.add_row(f"[bold]{name}[/]", escape(value))
+    requests = _table("run", "condition", ">requests", ">tokens", ">incomplete")
+    for group in there.groups:
+        counts = (group.requests, group.tokens, group.incomplete)
+        requests.add_row(escape(group.run), _cell(group.condition), *map(_count, counts))
+    writers = _table("writer", "state", ">files", ">rows", ">dropped rows")
+    for writer in there.writers:
+        counts = (writer.files, writer.rows, writer.dropped_rows)
+        writers.add_row(writer.writer, writer.state, *map(_count, counts))
+    console = _console()
+    for part in (facts, requests, writers):
+        console.print(part)
+
+
+@store_app.command("verify")
+def verify(store: Store) -> None:
+    """Check every file of a store; exit code 1 if something is wrong.
+
+    Each problem names the file, the request and what to do.
+
+    **Example:** `moescope store verify traces`
+    """
+    from moescope.analysis.verify import store_notes, verify_store
+
+    console = _console()
+    problems = verify_store(store)
+    for problem in problems:
+        console.print(f"[bold red]problem:[/] {escape(str(problem))}")
+    # A damaged writers/ is among the problems; there are no notes to take from it.
+    if not any(problem.check == "writers" for problem in problems):
+        for note in store_notes(store):
+            console.print(f"[yellow]note:[/] {escape(note)}")
+    if problems:
+        raise typer.Exit(1)
+    console.print(f"[green]{escape(str(store))} is sound.[/]")
+
+
+@import_app.command("esft")
+def esft(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds DOMAIN/expert_weights_*.txt.")],
+    store: Store,
+    top_k: Annotated[int, typer.Option(help="Experts that each token chose.")] = 6,
+    num_experts: Annotated[int, typer.Option(help="Routed experts of a layer.")] = 64,
+) -> None:
+    """Import the routing that ESFT published for a DeepSeek-V2-Lite-family model.
+
+    Each domain becomes a condition of the run `esft`; all tokens are in segment `prompt`.
+
+    **Example:** `moescope import esft results/expert_scores traces`
+    """
+    from moescope.analysis.esft import import_esft
+
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
+        task = bar.add_task("reading files", total=None)
+        requests, tokens = import_esft(
+            folder,
+            store,
+            top_k=top_k,
+            num_experts=num_experts,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    _console().print(f"{escape(str(store))}: {requests:,} requests, {tokens:,} tokens.")
+
+
+def sql(
+    store: Store,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="A DuckDB SQL query.")],
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="table|csv|json|parquet",
+            help="Format; by --out's suffix if left out, else a table.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
+) -> None:
+    """Query a store in SQL (DuckDB's), over the views tokens, requests, routing and activation.
+
+    `routing` has one row a token, layer and rank; `activation` one a request, segment, layer and
+    expert. `DESCRIBE routing` lists columns.
+
+    **Example**, the experts of layer 5 by use: `moescope sql traces "SELECT expert, sum(count) AS n
+    FROM activation WHERE layer = 5 GROUP BY expert ORDER BY n DESC"`
+    """
+    import duckdb
+
+    from moescope.analysis.export import FORMATS, file_format, write_query
+    from moescope.analysis.views import open_store
+
+    if format_ is None:
+        format_ = file_format(out) if out else "table"
+    if format_ not in ("table", *FORMATS):
+        raise InputError(f"unknown format {format_!r}: choose table, {', '.join(FORMATS)}.")
+    if format_ == ("table" if out else "parquet"):
+        raise InputError(
+            f"format {format_} {'is for the terminal only' if out else 'needs --out FILE'}: "
+            "choose another --format."
+        )
+    with closing(open_store(store)) as con, tempfile.TemporaryDirectory() as folder:
+        try:
+            if format_ == "table":
+                _print_rows(con.sql(query))
+            else:
+                write_query(con, query, out or Path(folder, "rows"), format_)
+        except duckdb.Error as error:
+            raise InputError(f"the query failed: {error}") from error
+        if format_ != "table" and out is None:
+            with Path(folder, "rows").open() as rows:
+                shutil.copyfileobj(rows, sys.stdout)
+
+
+def rd(
+    store: Store,
+    positive: Annotated[str, typer.Option(help="The condition whose experts to find.")],
+    negative: Annotated[str, typer.Option(help="The condition to compare with.")],
+    condition_column: Annotated[
+        str, typer.Option(help="The column of `requests` that tells the conditions apart.")
+    ] = "condition",
+    segment: Annotated[
+        str, typer.Option(help="The tokens that count: response, prompt, a span's name, or all.")
+    ] = "response",
+    estimator: Annotated[
+        str,
+        typer.Option(
+            metavar="token|sequence",
+            help="Pool all tokens (as SteerMoE does), or average the requests' rates.",
+        ),
+    ] = "sequence",
+    gate_mass: Annotated[
+        bool, typer.Option("--gate-mass", help="Compare gate weights, not how often chosen.")
+    ] = False,
+    length_match: Annotated[
+        bool,
+        typer.Option("--length-match", help="Cut both requests of a pair to the shorter one."),
+    ] = False,
+    run: Annotated[str | None, typer.Option(help="Only requests of this run.")] = None,
+    include_incomplete: Annotated[
+        bool, typer.Option("--include-incomplete", help="Count requests that lost rows too.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write every expert to a .parquet, .csv or .json file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw layers x experts to a .png, .pdf or .svg file.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, help="Experts to print.")] = 20,
+) -> None:
+    """Rank the experts by risk difference: how much more often one condition uses them.
+
+    RD = rate under --positive minus rate under --negative, of each MoE layer's experts.
+
+    **Example:** `moescope rd traces --positive with_doc --negative without_doc --length-match
+    --out ranking.parquet --plot heatmap.png`
+    """
+    from moescope.analysis.export import write_ranking
+    from moescope.analysis.plot import heatmap
+    from moescope.analysis.rd import read_settings, risk_difference
+
+    table = risk_difference(
+        store,
+        condition_column=condition_column,
+        positive=positive,
+        negative=negative,
+        segment=segment,
+        estimator=estimator,  # type: ignore[arg-type]  # checked there
+        gate_mass=gate_mass,
+        length_match=length_match,
+        run=run,
+        include_incomplete=include_incomplete,
+    )
+    ranking = _table(
+        ">layer", ">expert", ">RD", f">{positive}", f">{negative}", ">a1", ">d1", ">a2", ">d2"
+    )
+    for row in table.slice(0, top).to_pylist():
+        rates = (f"{row['rd']:+.4f}", f"{row['rate_positive']:.4f}", f"{row['rate_negative']:.4f}")
+        counts = (row[name] for name in ("a1", "d1", "a2", "d2"))
+        ranking.add_row(str(row["layer"]), str(row["expert"]), *rates, *map(_count, counts))
+    console = _console()
+    console.print(ranking)
+    settings = read_settings(table)
+    for side in ("positive", "negative"):
+        requests, tokens = settings[f"examples_{side}"], settings[f"tokens_{side}"]
+        console.print(f"{escape(settings[side])}: {requests:,} requests, {tokens:,} tokens")
+    for reason, count in settings["left_out"].items():
+        console.print(f"[yellow]left out:[/] {count:,} requests ({reason})")
+    if out:
+        write_ranking(table, out)
+        console.print(f"ranking: {escape(str(out))}")
+    if plot:
+        heatmap(table, plot)
+        console.print(f"heat map: {escape(str(plot))}")
+
+
+def _console() -> Console:
+    """Standard output; into a pipe, lines are as long as they are, and tables aren't squeezed."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 10_000
+    return console
+
+
+def _table(*columns: str) -> Table:
+    """A table with these columns; those that begin with ">" hold numbers."""
+    table = Table(box=box.SIMPLE)
+    for column in columns:
+        _add_column(table, column.removeprefix(">"), number=column.startswith(">"))
+    return table
+
+
+def _add_column(table: Table, name: str, *, number: bool) -> None:
+    table.add_column(escape(name), justify="right" if number else "left", no_wrap=number)
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _print_rows(result: Any) -> None:
+    """Print the first rows of a DuckDB relation (None: the statement has no result)."""
+    if result is None:
+        return
+    rows = result.limit(SHOWN_ROWS + 1).fetchall()
+    table = _table()
+    for at, name in enumerate(result.columns):
+        number = all(isinstance(row[at], int | float | None) for row in rows)
+        _add_column(table, name, number=number)
+    for row in rows[:SHOWN_ROWS]:
+        table.add_row(*map(_cell, row))
+    console = _console()
+    console.print(table)
+    if len(rows) > SHOWN_ROWS:
+        console.print(f"[dim]the first {SHOWN_ROWS} rows; write all of them with --out FILE[/]")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "[dim]NULL[/]"
+    if isinstance(value, str):
+        return escape(value)
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return escape(text if len(text) <= 60 else text[:59] + "…")

@@ -1,0 +1,1 @@
+"""Puts this folder on the import path: helpers shared by unit and integration tests live here."""

@@ -1,0 +1,115 @@
+"""What the routing of a sequence should be, computed by transformers and nothing of ours.
+
+vLLM's router hands `BaseRouter._compute_routing` results on to the experts; a trace records those.
+Where they differ from the weights in transformers' routers (read in vLLM 0.32's source):
+
+- `routed_scaling_factor`. DeepSeek-V2/V3 and GLM-4 ask `FusedMoEFactory` to
+  `apply_routed_scale_to_output` everywhere but on ROCm with AITER. The router is then built with a
+  factor of 1 and `MoERunner` multiplies the experts' sum: traced weights are *without* the factor,
+  transformers' are with it. Here it is divided out.
+- Renormalising is the router's own in both. vLLM takes `norm_topk_prob` from the config for
+  DeepSeek, GLM-4 and Qwen3, and fixes False for OLMoE and True for Mixtral; transformers obeys it
+  for OLMoE and never reads it for DeepSeek-V2. The specimens' configs make the two agree.
+- Grouping. vLLM always groups DeepSeek's experts by `n_group`, whatever `topk_method` says.
+- Order. Both may return a token's experts in any order (`sorted=False`): compare them by id.
+
+The correction bias takes part in the choice of experts and never in their weights, in both.
+"""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+NEAR_TIE = 1e-4
+
+
+class LayerRouting(NamedTuple):
+    """The routing of one sequence in one MoE layer.
+
+    `ids` and `weights` are [tokens, top_k], in descending order of weight (ties: lower id first).
+    `scores` [tokens, experts] are what the choice is made by: probabilities, with the correction
+    bias where there is one, and -inf for experts of groups that were not chosen.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    scores: np.ndarray
+
+
+def reference_routing(model_dir: Path, token_ids: list[int]) -> dict[int, LayerRouting]:
+    """The routing of one sequence, by the model's own layer numbers, in float32 on the CPU."""
+    model = _load(model_dir)
+    seen: dict[int, tuple[torch.Tensor, ...]] = {}
+    routers = _routers(model)
+    hooks = [
+        # Every router of transformers 5 returns (logits, weights, ids), one row a token.
+        router.register_forward_hook(lambda *args, layer=layer: seen.update({layer: args[2]}))
+        for layer, router in routers.items()
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([token_ids]), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer: _routing(router, *seen[layer]) for layer, router in routers.items()}
+
+
+def top_k_margin(scores: np.ndarray, top_k: int) -> np.ndarray:
+    """How far each token's choice is from another, [tokens]: last chosen minus first left out."""
+    ordered = -np.sort(-scores, axis=1)
+    return ordered[:, top_k - 1] - ordered[:, top_k]
+
+
+@lru_cache(maxsize=4)
+def _load(model_dir: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    return model.eval()
+
+
+def _routers(model: Any) -> dict[int, Any]:
+    """The router modules, by layer: the classes are `Qwen3MoeTopKRouter` and the like."""
+    found = {}
+    for name, module in model.named_modules():
+        if type(module).__name__.lower().endswith("topkrouter"):
+            match = re.search(r"\blayers\.(\d+)\.", name)
+            assert match, f"router {name} stands in no numbered layer"
+            found[int(match[1])] = module
+    return found
+
+
+def _routing(
+    router: Any, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> LayerRouting:
+    weights = weights / getattr(router, "routed_scaling_factor", 1.0)
+    scores = _scores(router, logits)
+    # The scores are the one thing recomputed here: they must lead to the model's own choice.
+    chosen = scores.topk(ids.shape[1], dim=-1).indices
+    assert torch.equal(chosen.sort(-1).values, ids.sort(-1).values)
+    ids_np, weights_np = ids.numpy(), weights.float().numpy()
+    order = np.lexsort((ids_np, -weights_np), axis=1)
+    return LayerRouting(
+        np.take_along_axis(ids_np, order, axis=1),
+        np.take_along_axis(weights_np, order, axis=1),
+        scores.numpy(),
+    )
+
+
+def _scores(router: Any, logits: torch.Tensor) -> torch.Tensor:
+    """What experts are chosen by, [tokens, experts], from the router's own logits."""
+    bias = getattr(router, "e_score_correction_bias", None)
+    scores = logits.softmax(-1) if bias is None else logits.sigmoid() + bias
+    if bias is None and getattr(router, "topk_method", None) != "group_limited_greedy":
+        return scores
+    grouped = scores.unflatten(-1, (router.num_group, -1))
+    group_scores = grouped.amax(-1) if bias is None else grouped.topk(2, -1).values.sum(-1)
+    left_out = torch.ones_like(group_scores, dtype=torch.bool)
+    left_out.scatter_(1, group_scores.topk(router.topk_group, -1).indices, False)
+    return grouped.masked_fill(left_out.unsqueeze(-1), float("-inf")).flatten(1)
