@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
+from moescope.clients.terminal import add_column, cell_text, count_text, make_table, open_console
 from moescope.tracer.errors import InputError
 
 SHOWN_ROWS = 100
@@ -57,15 +56,15 @@ def info(store: Store) -> None:
         ("on disk", f"{there.files:,} files, {there.bytes:,} bytes{per_token}"),
     ):
         facts.add_row(f"[bold]{name}[/]", escape(value))
-    requests = _table("run", "condition", ">requests", ">tokens", ">incomplete")
+    requests = make_table("run", "condition", ">requests", ">tokens", ">incomplete")
     for group in there.groups:
         counts = (group.requests, group.tokens, group.incomplete)
-        requests.add_row(escape(group.run), _cell(group.condition), *map(_count, counts))
-    writers = _table("writer", "state", ">files", ">rows", ">dropped rows")
+        requests.add_row(escape(group.run), cell_text(group.condition), *map(count_text, counts))
+    writers = make_table("writer", "state", ">files", ">rows", ">dropped rows")
     for writer in there.writers:
         counts = (writer.files, writer.rows, writer.dropped_rows)
-        writers.add_row(writer.writer, writer.state, *map(_count, counts))
-    console = _console()
+        writers.add_row(writer.writer, writer.state, *map(count_text, counts))
+    console = open_console()
     for part in (facts, requests, writers):
         console.print(part)
 
@@ -80,7 +79,7 @@ def verify(store: Store) -> None:
     """
     from moescope.analysis.verify import store_notes, verify_store
 
-    console = _console()
+    console = open_console()
     problems = verify_store(store)
     for problem in problems:
         console.print(f"[bold red]problem:[/] {escape(str(problem))}")
@@ -117,7 +116,7 @@ def esft(
             num_experts=num_experts,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    _console().print(f"{escape(str(store))}: {requests:,} requests, {tokens:,} tokens.")
+    open_console().print(f"{escape(str(store))}: {requests:,} requests, {tokens:,} tokens.")
 
 
 def sql(
@@ -206,15 +205,18 @@ def rd(
 ) -> None:
     """Rank the experts by risk difference: how much more often one condition uses them.
 
-    RD = rate under --positive minus rate under --negative, of each MoE layer's experts.
+    RD = rate under --positive minus rate under --negative, of each MoE layer's experts. In the
+    table, a1 and a2 count the tokens that chose the expert under the one and the other.
 
     **Example:** `moescope rd traces --positive with_doc --negative without_doc --length-match
     --out ranking.parquet --plot heatmap.png`
     """
-    from moescope.analysis.export import write_ranking
+    from moescope.analysis.export import file_format, write_ranking
     from moescope.analysis.plot import heatmap
     from moescope.analysis.rd import read_settings, risk_difference
 
+    if out:
+        file_format(out)  # a wrong suffix should not cost the wait
     table = risk_difference(
         store,
         condition_column=condition_column,
@@ -227,14 +229,12 @@ def rd(
         run=run,
         include_incomplete=include_incomplete,
     )
-    ranking = _table(
-        ">layer", ">expert", ">RD", f">{positive}", f">{negative}", ">a1", ">d1", ">a2", ">d2"
-    )
+    ranking = make_table(">layer", ">expert", ">RD", f">{positive}", f">{negative}", ">a1", ">a2")
     for row in table.slice(0, top).to_pylist():
         rates = (f"{row['rd']:+.4f}", f"{row['rate_positive']:.4f}", f"{row['rate_negative']:.4f}")
-        counts = (row[name] for name in ("a1", "d1", "a2", "d2"))
-        ranking.add_row(str(row["layer"]), str(row["expert"]), *rates, *map(_count, counts))
-    console = _console()
+        counts = count_text(row["a1"]), count_text(row["a2"])
+        ranking.add_row(str(row["layer"]), str(row["expert"]), *rates, *counts)
+    console = open_console()
     console.print(ranking)
     settings = read_settings(table)
     for side in ("positive", "negative"):
@@ -250,51 +250,18 @@ def rd(
         console.print(f"heat map: {escape(str(plot))}")
 
 
-def _console() -> Console:
-    """Standard output; into a pipe, lines are as long as they are, and tables aren't squeezed."""
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 10_000
-    return console
-
-
-def _table(*columns: str) -> Table:
-    """A table with these columns; those that begin with ">" hold numbers."""
-    table = Table(box=box.SIMPLE)
-    for column in columns:
-        _add_column(table, column.removeprefix(">"), number=column.startswith(">"))
-    return table
-
-
-def _add_column(table: Table, name: str, *, number: bool) -> None:
-    table.add_column(escape(name), justify="right" if number else "left", no_wrap=number)
-
-
-def _count(number: int) -> str:
-    return f"{number:,}"
-
-
 def _print_rows(result: Any) -> None:
     """Print the first rows of a DuckDB relation (None: the statement has no result)."""
     if result is None:
         return
     rows = result.limit(SHOWN_ROWS + 1).fetchall()
-    table = _table()
+    table = make_table()
     for at, name in enumerate(result.columns):
         number = all(isinstance(row[at], int | float | None) for row in rows)
-        _add_column(table, name, number=number)
+        add_column(table, name, number=number)
     for row in rows[:SHOWN_ROWS]:
-        table.add_row(*map(_cell, row))
-    console = _console()
+        table.add_row(*map(cell_text, row))
+    console = open_console()
     console.print(table)
     if len(rows) > SHOWN_ROWS:
         console.print(f"[dim]the first {SHOWN_ROWS} rows; write all of them with --out FILE[/]")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "[dim]NULL[/]"
-    if isinstance(value, str):
-        return escape(value)
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return escape(text if len(text) <= 60 else text[:59] + "…")

@@ -175,10 +175,10 @@ def make_specimen(
 
 def _fields(arch: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration's fields, or InputError that names what doesn't exist."""
-    from transformers import AutoConfig
-
     if arch not in ARCHITECTURES:
         raise InputError(f"unknown architecture {arch!r}; choose from {', '.join(ARCHITECTURES)}")
+    from transformers import AutoConfig
+
     fields = ARCHITECTURES[arch]
     known = AutoConfig.for_model(fields["model_type"])
     if unknown := [name for name in overrides if name not in fields and not hasattr(known, name)]:

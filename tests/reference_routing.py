@@ -14,6 +14,9 @@ Where they differ from the weights in transformers' routers (read in vLLM 0.32's
 - Order. Both may return a token's experts in any order (`sorted=False`): compare them by id.
 
 The correction bias takes part in the choice of experts and never in their weights, in both.
+
+To compare exactly, run vLLM in float32. On CPUs with AMX its latent attention is bfloat16 only:
+there DeepSeek models need `attention_backend="CPU_MLA"` too, which knows no chunked prefill.
 """
 
 import re
@@ -25,6 +28,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+# Under this margin (`top_k_margin`) two right float32 implementations may choose differently.
 NEAR_TIE = 1e-4
 
 
@@ -42,7 +46,10 @@ class LayerRouting(NamedTuple):
 
 
 def reference_routing(model_dir: Path, token_ids: list[int]) -> dict[int, LayerRouting]:
-    """The routing of one sequence, by the model's own layer numbers, in float32 on the CPU."""
+    """The routing of one sequence, by the model's own layer numbers, in float32 on the CPU.
+
+    Loaded models are kept: a directory must not change its model during a test run.
+    """
     model = _load(model_dir)
     seen: dict[int, tuple[torch.Tensor, ...]] = {}
     routers = _routers(model)
@@ -61,7 +68,10 @@ def reference_routing(model_dir: Path, token_ids: list[int]) -> dict[int, LayerR
 
 
 def top_k_margin(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """How far each token's choice is from another, [tokens]: last chosen minus first left out."""
+    """How far each token's choice is from another, [tokens]: last chosen minus first left out.
+
+    Experts of groups left out don't count, so a near-tie between whole groups isn't seen.
+    """
     ordered = -np.sort(-scores, axis=1)
     return ordered[:, top_k - 1] - ordered[:, top_k]
 

@@ -16,10 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moescope.tracer.errors import UnsupportedModelError
 from moescope.tracer.format import ModelFacts
 from moescope.tracer.request import TraceRequest
 from moescope.tracer.ring import Rows
 from moescope.tracer.sink import NullSink, Sink
+
+_NEVER = -1.0  # in the weights buffer before the first step: no gate weight is negative
 
 
 @dataclass(slots=True)
@@ -42,6 +45,7 @@ class Recorder:
         self.weights = torch.zeros(size, dtype=torch.float16, device=device)
         self.sink: Sink | None = None
         self.num_requests = 0
+        self.silent_layers: list[int] | None = None  # those not seen to record; None: not known
         self._live: dict[str, _Live] = {}
         self._unsent: list[dict[str, Any]] = []
 
@@ -107,9 +111,13 @@ class Recorder:
             positions: int [>= sum(counts)], the positions, on the device.
 
         """
-        if self.sink is None or not self._live:
+        if self.sink is None:
             return
+        if self.silent_layers != []:
+            self._prove()
         live = self._live
+        if not live:
+            return
         numbers = np.array([live[r].number if r in live else 0 for r in request_ids], np.uint32)
         owner = np.repeat(numbers, counts)
         total = len(owner)
@@ -131,7 +139,27 @@ class Recorder:
 
     def attach(self, sink: Sink) -> None:
         """Send rows to `sink` from now on; requests that run already are not traced."""
+        self.weights.fill_(_NEVER)
+        self.silent_layers = None
         self.sink = sink
+
+    def _prove(self) -> None:
+        """See in the first step that every layer's routing arrives.
+
+        Raises UnsupportedModelError if one's does not while a request is being traced.
+        """
+        silent = _to_host(self.weights[0] == _NEVER).any(-1)
+        self.silent_layers = [self.facts.shape.layers[index] for index in np.flatnonzero(silent)]
+        if self.silent_layers and self._live:
+            raise UnsupportedModelError(self.silence)
+
+    @property
+    def silence(self) -> str:
+        """Why this model can't be traced, after a step in which layers stayed silent."""
+        return (
+            f"no routing arrives from layers {self.silent_layers}: this vLLM configuration chooses "
+            "experts where moescope can't see it. Try another --moe-backend, or --enforce-eager"
+        )
 
     def detach(self) -> None:
         """Close the sink; requests that are not finished by now are given up."""
@@ -147,6 +175,7 @@ class Recorder:
             "live": self.num_live,
             "requests": self.num_requests,
             "dropped_rows": getattr(self.sink, "dropped_rows", 0),
+            "silence": self.silence if self.silent_layers else None,
         }
 
 

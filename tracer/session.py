@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moescope.tracer.errors import TracerError
+from moescope.tracer.errors import TracerError, UnsupportedModelError
 from moescope.tracer.format import DEFAULT_RUN
 from moescope.tracer.request import TraceRequest
 from moescope.tracer.settings import load_settings
@@ -49,12 +49,27 @@ def trace(
     place = None if store is None else str(Path(store).absolute())
     call_workers(llm, "start", place, settings)
     try:
+        _prove(llm)
         set_default_request(llm, TraceRequest(trace=default, run=run, condition=condition))
         yield
         settle(llm)
     finally:
         set_default_request(llm, None)
         call_workers(llm, "stop")
+
+
+def _prove(llm: Any) -> None:
+    """Run one token, and refuse the model if a layer's routing did not arrive."""
+    from moescope.tracer.vllm_seam import call_workers
+    from vllm import SamplingParams
+
+    if llm.llm_engine.has_unfinished_requests():
+        return  # these will show it: the recorder checks the first step, whosever it is
+    one = SamplingParams(max_tokens=1, detokenize=False)
+    llm.generate([{"prompt_token_ids": [1]}], one, use_tqdm=False)
+    for status in call_workers(llm, "status"):
+        if status["silence"]:
+            raise UnsupportedModelError(status["silence"])
 
 
 def settle(llm: Any) -> dict[str, Any]:

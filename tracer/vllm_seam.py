@@ -76,7 +76,6 @@ def install() -> None:
             (InputProcessor, "process_inputs", _process_inputs),
             (Worker, "load_model", _load_model),
             (_worker_class(), "compile_or_warm_up_model", _start_engine),
-            (Worker, "execute_dummy_batch", None),
             (RunnerV1, "execute_model", _execute_model_v1),
             (RunnerV2, "execute_model", _execute_model_v2),
         ]
@@ -90,8 +89,7 @@ def install() -> None:
     if getattr(Worker, "moescope_start", None) is not None:
         return
     for (owner, name, wrap), original in zip(targets, originals, strict=True):
-        if wrap is not None:
-            setattr(owner, name, functools.wraps(original)(wrap(original)))
+        setattr(owner, name, functools.wraps(original)(wrap(original)))
     RunnerV1.moescope = RunnerV2.moescope = _Tracer(None, "no model is loaded yet")
     for method in (moescope_start, moescope_sync, moescope_stop, moescope_status):
         setattr(Worker, method.__name__, method)
@@ -442,25 +440,10 @@ def moescope_start(self: Any, store: str | None, settings: dict[str, Any]) -> di
 
 def _attach(worker: Any, store: Path | None, settings: Settings) -> None:
     recorder = worker.model_runner.moescope.demand()
-    _prove(worker, recorder)
     if worker.rank != 0 or store is None:  # tensor parallel: all ranks route alike, one records
         recorder.attach(NullSink())
     else:
         recorder.attach(RingSink(store, recorder.facts, settings))
-
-
-def _prove(worker: Any, recorder: Recorder) -> None:
-    """Run one token through the model and see every layer's routing arrive."""
-    # No gate weight is negative; a dummy batch's may well be NaN (it attends to raw memory).
-    recorder.weights[:1].fill_(-1.0)
-    _run(recorder, worker.execute_dummy_batch)
-    silent = (recorder.weights[0] == -1.0).any(-1).nonzero().flatten().tolist()
-    if silent:
-        layers = [recorder.facts.shape.layers[index] for index in silent]
-        raise UnsupportedModelError(
-            f"no routing arrives from layers {layers}: this vLLM configuration chooses experts "
-            "where moescope can't see it. Try another --moe-backend, or enforce_eager"
-        )
 
 
 @_answer

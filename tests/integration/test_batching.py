@@ -84,8 +84,8 @@ def test_chunked_prefill_of_16_tokens(specimen, prompts, tmp_path, alone):
 
 
 def test_forced_preemption(specimen, prompts, tmp_path, alone):
-    # Room for 528 tokens of cache, where 16 running requests need up to 2,200.
-    options = {"num_gpu_blocks_override": 34, "block_size": 16, "max_num_seqs": 16}
+    # Room for 512 tokens of cache, where 16 running requests need up to 2,200.
+    options = {"num_gpu_blocks_override": 17, "block_size": 32, "max_num_seqs": 16}
     with open_engine(specimen("qwen3_moe"), disable_log_stats=False, **options) as llm:
         trace_all(llm, prompts, tmp_path)
         preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def llm(specimen):
-    with open_engine(specimen(), enable_prefix_caching=True, block_size=16, max_num_seqs=8) as llm:
+    with open_engine(
+        specimen("qwen3_moe"), enable_prefix_caching=True, block_size=32, max_num_seqs=8
+    ) as llm:
         yield llm
 
 

@@ -1,0 +1,64 @@
+# Everything that people and CI run. `make help` lists it.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --no-deps
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+DEMO := .demo
+
+# A tiny model on a laptop: no compilation, one process, 1 GiB of KV cache, no chatter.
+ENGINE_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL=ERROR \
+              HF_HUB_OFFLINE=1
+
+.PHONY: help setup demo test unit lint format bench clean
+
+help:  ## List the commands
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+
+setup: .venv/.ready  ## Create .venv and install the locked packages (CPU vLLM)
+
+.venv/.ready: requirements/cpu.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moescope needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@echo "setting up .venv (a few minutes, once)"
+	$(PYTHON) -m venv .venv
+	# torch first, in a step of its own: as pip is configured, or else from PyTorch's CPU index.
+	$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) "$(TORCH)" --index-url $(TORCH_INDEX)
+	$(PIP) -r requirements/cpu.lock
+	$(PIP) --no-build-isolation -e .
+	@rm -rf *.egg-info build  # a stale one would hide the entry points
+	@touch $@
+
+demo: .venv/.ready  ## Trace a small model on real questions and rank its experts, in about a minute
+	@rm -rf $(DEMO)
+	$(BIN)/moescope specimen make $(DEMO)/model --arch deepseek_v2 --seed 0
+	$(BIN)/moescope data faithfulness --format squad examples/questions.json --out $(DEMO)/job.jsonl
+	$(ENGINE_ENV) $(BIN)/moescope trace $(DEMO)/job.jsonl --model $(DEMO)/model --store $(DEMO)/traces \
+	    -- --max-model-len 1024 --max-num-seqs 32 --enforce-eager
+	$(BIN)/moescope store verify $(DEMO)/traces
+	$(BIN)/moescope store info $(DEMO)/traces
+	$(BIN)/moescope rd $(DEMO)/traces --positive with_doc --negative without_doc --segment question \
+	    --estimator sequence --top 10 --out $(DEMO)/ranking.parquet --plot $(DEMO)/heatmap.png
+
+test: .venv/.ready  ## Run all tests: units in seconds, then real vLLM on the CPU
+	$(BIN)/pytest
+
+unit: .venv/.ready  ## Run the unit tests alone
+	$(BIN)/pytest tests/unit
+
+lint: .venv/.ready  ## Check style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.ready  ## Put the code into the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/.ready  ## Measure: the cost of tracing, and the writer alone
+	$(ENGINE_ENV) $(BIN)/python -m moescope.clients.bench $(BENCH)
+
+clean:  ## Remove what make made, but for .venv
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

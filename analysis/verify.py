@@ -1,0 +1,242 @@
+"""Check a trace store: every invariant that readers rely on, one pair of files at a time."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from moescope.analysis.views import read_sql
+from moescope.tracer.errors import StoreError
+from moescope.tracer.format import MoeShape, requests_schema, tokens_schema
+from moescope.tracer.store import WriterCounters, read_manifest, read_writers
+
+# What to do about a failed check. Rows and requests can't be mended, so mostly it is the last one.
+_REMEDIES = {
+    "missing tokens": "restore the tokens file, or remove this one to give up its requests",
+    "request twice": "the same request was stored twice: remove one of the pairs of files",
+    "counters": "find out which files were added, removed or changed by hand, and restore them",
+    "writers": "restore it from a backup",
+}
+_REPLACE = "restore both files of the pair from a backup, or remove both and trace again"
+
+_BATCH_ROWS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A check that failed in one file: for which request first, and for how many more.
+
+    `file` is relative to the store. `count` counts requests, or tokens for checks of routes.
+    """
+
+    check: str
+    file: str
+    request: str | None
+    what: str
+    count: int = 1
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it."""
+        return _REMEDIES.get(self.check, _REPLACE)
+
+    def __str__(self) -> str:
+        request = "" if self.request is None else f", request {self.request}"
+        more = "" if self.count == 1 else f" (and {self.count - 1:,} more such)"
+        return f"{self.file}{request}: {self.check}: {self.what}{more}; {self.remedy}."
+
+
+def verify_store(path: str | Path) -> list[Problem]:
+    """Everything that is wrong with the store at `path`; an empty list if it is sound.
+
+    Reads every committed file once; memory stays within a batch of tokens and one file's request
+    ids and positions. Raises StoreError when `path` is no trace store.
+    """
+    path = Path(path)
+    shape = read_manifest(path).shape
+    problems: list[Problem] = []
+    readable: list[Path] = []
+    for requests in _committed(path):
+        tokens = path / "tokens" / requests.name
+        if not tokens.exists():
+            problems.append(Problem("missing tokens", _name(requests), None, "has no tokens file"))
+            continue
+        faults = list(_check_pair(tokens, requests, shape))
+        problems += faults
+        if not any(fault.check in ("unreadable", "schema") for fault in faults):
+            readable.append(requests)
+    problems += _check_unique(readable)
+    problems += _check_counters(path, readable)
+    return problems
+
+
+def store_notes(path: str | Path) -> list[str]:
+    """What is no damage, but good to know: uncommitted files, writers not closed, lost rows."""
+    path = Path(path)
+    committed = {file.name for file in _committed(path)}
+    notes = [
+        f"{_name(file)} is not committed, so it is passed over: its writer is at it, or was killed."
+        for file in sorted((path / "tokens").glob("[!.]*.parquet"))
+        if file.name not in committed
+    ]
+    for writer in read_writers(path):
+        if writer.state == "open":
+            notes.append(f"writer {writer.writer} is still open (or was killed): not counted.")
+        elif writer.state == "killed":
+            notes.append(f"writer {writer.writer} was killed; what it had not written is lost.")
+        if writer.dropped_rows:
+            notes.append(
+                f"writer {writer.writer} dropped {writer.dropped_rows:,} rows; "
+                f"{writer.incomplete_requests:,} of its requests are incomplete."
+            )
+    return notes
+
+
+def _committed(path: Path) -> list[Path]:
+    return sorted((path / "requests").glob("[!.]*.parquet"))
+
+
+def _name(file: Path) -> str:
+    return f"{file.parent.name}/{file.name}"
+
+
+def _check_pair(tokens: Path, requests: Path, shape: MoeShape) -> Iterator[Problem]:
+    sound = True
+    for file, schema in ((tokens, tokens_schema(shape)), (requests, requests_schema())):
+        try:
+            there = pq.read_schema(file)
+        except (pa.ArrowException, OSError) as error:
+            yield Problem("unreadable", _name(file), None, str(error))
+            sound = False
+        else:
+            if not there.equals(schema):
+                yield Problem("schema", _name(file), None, _first_difference(there, schema))
+                sound = False
+    if not sound:
+        return
+    try:
+        yield from _check_requests(tokens, requests)
+        yield from _check_routes(tokens, shape)
+    except (pa.ArrowException, OSError, duckdb.Error) as error:
+        yield Problem("unreadable", _name(tokens), None, str(error))
+
+
+def _first_difference(there: pa.Schema, schema: pa.Schema) -> str:
+    for field in schema:
+        if field.name not in there.names:
+            return f"column {field.name} is missing"
+        if there.field(field.name) != field:
+            return f"column {field.name} is {there.field(field.name).type}, not {field.type}"
+    return f"has the columns {', '.join(there.names)}; they should be {', '.join(schema.names)}"
+
+
+def _check_requests(tokens: Path, requests: Path) -> Iterator[Problem]:
+    files = {"tokens": escape(str(tokens)), "requests": escape(str(requests))}
+    with closing(duckdb.connect()) as con:
+        for name, request, what, count in con.execute(read_sql("verify"), files).fetchall():
+            yield Problem(name, _name(tokens), request, what, count)
+
+
+def _check_routes(file: Path, shape: MoeShape) -> Iterator[Problem]:
+    """The lists of every token: first their lengths, then what stands in them."""
+    found: dict[str, Problem] = {}
+    columns = ["request_id", "position", "expert_ids", "gate_weights"]
+    for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=columns):
+        whole = np.ones(batch.num_rows, bool)
+        for name in columns[2:]:
+            whole &= pc.list_value_length(batch[name]).to_numpy() == shape.num_routes
+        failed = [("list length", batch, ~whole[:, None])]
+        batch = batch.filter(pa.array(whole))
+        ids, weights = (
+            batch[name].flatten().to_numpy().reshape(-1, len(shape.layers), shape.top_k)
+            for name in columns[2:]
+        )
+        failed += [(name, batch, wrong) for name, wrong in _wrong_routes(ids, weights, shape)]
+        for name, rows, wrong in failed:
+            if num_tokens := int(wrong.any(axis=1).sum()):
+                count = found[name].count if name in found else 0
+                new = _first_wrong(name, file, rows, wrong, shape)
+                found[name] = replace(found.get(name, new), count=count + num_tokens)
+    yield from found.values()
+
+
+def _wrong_routes(
+    ids: NDArray[Any], weights: NDArray[Any], shape: MoeShape
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Each check of routes [tokens, layers, top_k], and where it fails [tokens, layers]."""
+    yield "expert range", np.any(ids >= shape.num_experts, axis=2)
+    yield "expert twice", np.any(np.diff(np.sort(ids, axis=2)) == 0, axis=2)
+    weights = weights.astype(np.float32)  # numpy compares float16 slowly
+    yield "weight", np.any(~np.isfinite(weights) | (weights < 0), axis=2)
+    yield "weight order", np.any(weights[..., 1:] > weights[..., :-1], axis=2)
+
+
+def _first_wrong(
+    check: str, file: Path, rows: pa.RecordBatch, wrong: NDArray[Any], shape: MoeShape
+) -> Problem:
+    token, layer = (int(index) for index in np.argwhere(wrong)[0])
+    where = f"position {rows['position'][token]}"
+    if check != "list length":
+        where += f", layer {shape.layers[layer]}"
+    return Problem(check, _name(file), str(rows["request_id"][token]), f"at {where}")
+
+
+def _check_unique(requests: list[Path]) -> Iterator[Problem]:
+    if not requests:
+        return
+    query = """
+        SELECT max(file), request_id, 'is in ' || string_agg(file, ', ' ORDER BY file)
+        FROM (
+            SELECT request_id, 'requests/' || parse_filename(filename) AS file
+            FROM read_parquet($files, filename = true, hive_partitioning = false)
+        )
+        GROUP BY request_id HAVING count(*) > 1 ORDER BY ALL
+    """
+    with closing(duckdb.connect()) as con:
+        repeated = con.execute(query, {"files": [escape(str(file)) for file in requests]})
+        found: dict[str, Problem] = {}
+        for file, request, what in repeated.fetchall():
+            new = Problem("request twice", file, request, what, count=0)
+            found[file] = replace(found.get(file, new), count=found.get(file, new).count + 1)
+    yield from found.values()
+
+
+def _check_counters(path: Path, readable: list[Path]) -> Iterator[Problem]:
+    """Compare writers/*.json with the files; a writer that is still open may be behind them."""
+    try:
+        writers = read_writers(path)
+    except StoreError as error:
+        yield Problem("writers", "writers", None, str(error))
+        return
+    there: dict[str, WriterCounters] = {}
+    for requests in readable:
+        writer = requests.stem.rpartition("-")[0]
+        counts = there.setdefault(writer, WriterCounters(writer))
+        tokens = path / "tokens" / requests.name
+        complete = pq.read_table(requests, columns=["complete"])["complete"]
+        counts.files += 1
+        counts.rows += pq.read_metadata(tokens).num_rows
+        counts.requests += len(complete)
+        counts.incomplete_requests += complete.to_pylist().count(False)
+        counts.bytes += tokens.stat().st_size + requests.stat().st_size
+    for said in writers:
+        found = there.pop(said.writer, WriterCounters(said.writer))
+        differ = [
+            f"{name} {getattr(said, name):,} there, {getattr(found, name):,} in the files"
+            for name in ("files", "rows", "requests", "incomplete_requests", "bytes")
+            if getattr(said, name) != getattr(found, name)
+        ]
+        if differ and said.state != "open":
+            yield Problem("counters", f"writers/{said.writer}.json", None, "; ".join(differ))
+    for writer, found in there.items():
+        what = f"is missing, but the writer has {found.files:,} files"
+        yield Problem("writers", f"writers/{writer}.json", None, what)
