@@ -11,6 +11,8 @@ DEMO := .demo
 # A tiny model on a laptop: no compilation, one process, 1 GiB of KV cache, no chatter.
 ENGINE_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL=ERROR \
               HF_HUB_OFFLINE=1
+# In float32 the numbers are the same on every processor.
+ENGINE := --enforce-eager --dtype float32 --attention-backend CPU_MLA
 
 .PHONY: help setup demo test unit lint format bench clean
 
@@ -35,7 +37,7 @@ demo: .venv/.ready  ## Trace a small model on real questions and rank its expert
 	$(BIN)/moescope specimen make $(DEMO)/model --arch deepseek_v2 --seed 0
 	$(BIN)/moescope data faithfulness --format squad examples/questions.json --out $(DEMO)/job.jsonl
 	$(ENGINE_ENV) $(BIN)/moescope trace $(DEMO)/job.jsonl --model $(DEMO)/model --store $(DEMO)/traces \
-	    -- --max-model-len 1024 --max-num-seqs 32 --enforce-eager
+	    -- --max-model-len 1024 --max-num-seqs 32 $(ENGINE)
 	$(BIN)/moescope store verify $(DEMO)/traces
 	$(BIN)/moescope store info $(DEMO)/traces
 	$(BIN)/moescope rd $(DEMO)/traces --positive with_doc --negative without_doc --segment question \

@@ -60,8 +60,9 @@ def trace(
 
 def _prove(llm: Any) -> None:
     """Run one token, and refuse the model if a layer's routing did not arrive."""
-    from moescope.tracer.vllm_seam import call_workers
     from vllm import SamplingParams
+
+    from moescope.tracer.vllm_seam import call_workers
 
     if llm.llm_engine.has_unfinished_requests():
         return  # these will show it: the recorder checks the first step, whosever it is
