@@ -84,6 +84,9 @@ def run_job(
 def _engine_arguments(model: str, options: tuple[str, ...]) -> Any:
     # vLLM's own lines of INFO would drown the progress bar; the user's choice comes first.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # The engine in this process dies with it. In one of its own it would outlive a SIGKILL, go on
+    # with what is queued, and trace it a second time beside the job that is run again.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
