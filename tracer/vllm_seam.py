@@ -120,10 +120,20 @@ def _version() -> str:
 
 
 def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.exceptions import VLLMValidationError
+
+    class RequestError(InputError, VLLMValidationError):  # type: ignore[misc]
+        """An InputError that vLLM's HTTP server answers with status 400."""
+
+        parameter, value = "vllm_xargs", None
+
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         if request.sampling_params is not None:
-            _resolve(self, request)
+            try:
+                _resolve(self, request)
+            except InputError as error:
+                raise RequestError(str(error)) from None
         return request
 
     return process_inputs
