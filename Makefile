@@ -60,7 +60,7 @@ format: .venv/.ready  ## Put the code into the house style
 	$(BIN)/ruff format
 
 bench: .venv/.ready  ## Measure: the cost of tracing, and the writer alone
-	$(ENGINE_ENV) $(BIN)/python -m moescope.clients.bench $(BENCH)
+	$(ENGINE_ENV) PYTHONPATH=tests $(BIN)/python tests/bench/bench.py $(BENCH)
 
 clean:  ## Remove what make made, but for .venv
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

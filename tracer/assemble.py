@@ -70,11 +70,13 @@ class Assembler:
 
     def add(self, rows: Rows) -> None:
         """Copy rows into the pool."""
+        if not len(rows):
+            return
         stop = self._used + len(rows)
         if stop > len(self._pool):
             self._grow(stop)
         self._append(rows)
-        lowest = int(rows.request.min(initial=0xFFFFFFFF))
+        lowest = int(rows.request.min())
         counts = np.bincount(rows.request - np.uint32(lowest))
         for number in np.flatnonzero(counts):
             self._rows_of[lowest + int(number)] += int(counts[number])

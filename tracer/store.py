@@ -186,7 +186,6 @@ class StoreWriter:
             pq.write_table(
                 table.cast(schema) if table.schema != schema else table,
                 sink,
-                row_group_size=max(table.num_rows, 1),
                 compression="zstd",
                 compression_level=1,
                 **options,
@@ -205,6 +204,8 @@ class StoreWriter:
 
 # Chosen by measuring on real routing (docs/experiments.md).
 TOKENS_OPTIONS: dict[str, Any] = {
+    "row_group_size": 16_384,  # small enough to be encoded within the processor's cache
+    "write_batch_size": 131_072,
     "use_dictionary": ["request_id", "segment", "mask", "expert_ids.list.element"],
     "column_encoding": {
         "position": "DELTA_BINARY_PACKED",

@@ -229,9 +229,10 @@ def _wrap_routers(model: Any, config: Any, device: torch.device) -> Recorder:
     traced_by_dynamo = (
         current_platform.is_cpu() and config.compilation_config.mode != CompilationMode.NONE
     )
+    wrap = _through_operator if traced_by_dynamo else _directly
     for index, runner in enumerate(runners):
-        wrap = _through_operator if traced_by_dynamo else _directly
-        runner.router._compute_routing = wrap(runner.router._compute_routing, recorder, index)
+        compute = runner.router._compute_routing
+        runner.router._compute_routing = functools.wraps(compute)(wrap(compute, recorder, index))
     return recorder
 
 

@@ -34,6 +34,8 @@ from moescope.tracer.settings import Settings
 from moescope.tracer.store import StoreWriter
 
 _IDLE_SLEEP_S, _BUSY_SLEEP_S = 0.01, 0.001
+# Taken at a time, so that files keep their size when the ring is full.
+_BITE_ROWS = 8192
 
 
 class Writer:
@@ -55,6 +57,10 @@ class Writer:
             ended = self.ring.word(CLOSED) or os.getppid() != parent
             asked = self.ring.word(SYNC_ASKED)
             moved = self.drain()
+            if moved == _BITE_ROWS:
+                if self._due():
+                    self.commit()
+                continue
             if ended or asked != self.ring.word(SYNC_DONE) or self._due():
                 self.commit()
                 self.ring.set_word(SYNC_DONE, asked)
@@ -63,13 +69,14 @@ class Writer:
             time.sleep(_BUSY_SLEEP_S if moved else _IDLE_SLEEP_S)
 
     def drain(self) -> int:
-        """Take everything out of the ring; returns the number of rows."""
+        """Take messages and at most `_BITE_ROWS` rows out of the ring; returns the rows."""
         messages = self.ring.receive()
         moved = 0
         for block in self.ring.available():
-            self.assembler.add(block)
-            self.ring.release(len(block))
-            moved += len(block)
+            bite = block[: _BITE_ROWS - moved]
+            self.assembler.add(bite)
+            self.ring.release(len(bite))
+            moved += len(bite)
         self._taken += moved
         for message in messages:
             if message.pop("op") == "begin":

@@ -1,11 +1,13 @@
 """Engines of their own: what can't share one with other tests."""
 
 import pytest
+import torch
 from engines import as_prompts, open_engine
 
 from moescope.analysis import open_store
 from moescope.tracer import trace
-from moescope.tracer.errors import UnsupportedModelError
+from moescope.tracer.errors import MoescopeError, UnsupportedModelError
+from moescope.tracer.vllm_seam import find_runners, install
 
 pytestmark = pytest.mark.engine
 
@@ -49,3 +51,34 @@ def test_a_dense_model_is_refused_with_what_to_do(tmp_path, prompts):
             pass
         llm.generate(as_prompts(prompts[:1]), short, use_tqdm=False)
     assert not (tmp_path / "s").exists()
+
+
+def test_routing_that_never_arrives_is_refused_at_start(specimen, prompts, tmp_path, monkeypatch):
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    with open_engine(specimen("qwen3_moe")) as llm:
+        [runners] = llm.apply_model(find_runners)
+        routers = {runner.layer_id: runner.router for runner in runners}
+        wrapped = routers[2]._compute_routing
+        # Layer 2 goes another way, as a kernel that routes inside would.
+        monkeypatch.setattr(routers[2], "_compute_routing", wrapped.__wrapped__)
+        with (
+            pytest.raises(UnsupportedModelError, match=r"layers \[2\].*--moe-backend"),
+            trace(llm, store=tmp_path / "s"),
+        ):
+            pass
+        monkeypatch.setattr(routers[2], "_compute_routing", wrapped)
+        with trace(llm, store=tmp_path / "s"):
+            llm.generate(as_prompts(prompts[:1]), use_tqdm=False)
+        # What says so by itself is refused while the model loads.
+        monkeypatch.setattr(MoERunner, "is_monolithic", True)
+        with pytest.raises(UnsupportedModelError, match=r"layer 0 .*monolithic.*--moe-backend"):
+            find_runners(torch.nn.ModuleList(runners))
+
+
+def test_a_vllm_without_a_symbol_is_refused_by_version(monkeypatch):
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    monkeypatch.delattr(InputProcessor, "process_inputs")
+    with pytest.raises(MoescopeError, match=r"supports vLLM 0\.32.*process_inputs"):
+        install()
