@@ -6,6 +6,7 @@ finished by running it again: an example whose request is complete in the store 
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ def _engine_arguments(model: str, options: tuple[str, ...]) -> Any:
     # The engine in this process dies with it. In one of its own it would outlive a SIGKILL, go on
     # with what is queued, and trace it a second time beside the job that is run again.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     from vllm import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -95,6 +97,7 @@ def _engine_arguments(model: str, options: tuple[str, ...]) -> Any:
     )
     namespace = EngineArgs.add_cli_args(parser).parse_args(["--model", model, *options])
     arguments = EngineArgs.from_cli_args(namespace)
+    arguments.use_tqdm_on_load = False
     if arguments.enable_prefix_caching is None:
         arguments.enable_prefix_caching = False  # traced requests do not read it anyway
     return arguments

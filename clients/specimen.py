@@ -160,7 +160,7 @@ def make_specimen(
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
         aside.mkdir(parents=True)
-        model.save_pretrained(aside)
+        _save_quietly(model, aside)
         tokenizer.save_pretrained(aside)
         if force and directory.exists():
             shutil.rmtree(directory)
@@ -244,3 +244,16 @@ def _weights(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.
     if name.endswith("norm.weight"):
         return gain * (1 + np.float32(0.1) * noise)
     return gain / np.float32(shape[-1] ** 0.5) * noise
+
+
+def _save_quietly(model: Any, folder: Path) -> None:
+    """Save without transformers' progress bar, which a few megabytes don't need."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()

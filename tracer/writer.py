@@ -116,7 +116,9 @@ def main(argument: str) -> None:
     # The engine decides when to end: it closes the ring, or it is gone.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    pa.set_cpu_count(1)  # the cores belong to the engine
+    # The cores belong to the engine.
+    pa.set_cpu_count(1)
+    os.nice(10)
     given = json.loads(argument)
     facts = ModelFacts.from_json(given["facts"])
     ring = Ring(given["fd"], facts.shape, given["capacity"], given["message_bytes"])
