@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from moescope.clients.cli_analysis import import_app, register_analysis, store_app
 from moescope.clients.cli_data import data_app, specimen_app
+from moescope.clients.cli_mask import mask_app
 from moescope.clients.cli_trace import register_trace
 from moescope.tracer.errors import MoescopeError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 register_trace(app)
 register_analysis(app)
 app.add_typer(store_app, name="store")
+app.add_typer(mask_app, name="mask")
 app.add_typer(data_app, name="data")
 app.add_typer(import_app, name="import")
 app.add_typer(specimen_app, name="specimen")

@@ -52,6 +52,9 @@ class Assembler:
         self.shape = shape
         self._memory_bytes, self._spill = memory_bytes, spill
         self._pool = self._allocate(4096)
+        # The global mask when each row of the pool arrived, by its index in `_globals`.
+        self._global_of = np.zeros(4096, np.int32)
+        self._globals: list[str | None] = [None]
         self._used = 0
         self._open: dict[int, Traced] = {}
         self._finished: dict[int, Traced] = {}
@@ -75,11 +78,17 @@ class Assembler:
         stop = self._used + len(rows)
         if stop > len(self._pool):
             self._grow(stop)
-        self._append(rows)
+        self._append(rows, len(self._globals) - 1)
         lowest = int(rows.request.min())
         counts = np.bincount(rows.request - np.uint32(lowest))
         for number in np.flatnonzero(counts):
             self._rows_of[lowest + int(number)] += int(counts[number])
+
+    def mask_changes(self, key: str | None) -> None:
+        """Rows from now on, of requests without a mask of their own, are under this one."""
+        if not self._used:
+            self._globals = []  # no row refers to an older one
+        self._globals.append(key)
 
     def begin(self, traced: Traced) -> None:
         """A request starts; its rows may already be there."""
@@ -141,6 +150,10 @@ class Assembler:
             for traced, length, stop in zip(ordered, lengths, np.cumsum(lengths), strict=True)
         ]
         masks = _Dictionary()
+        # Its own mask, or else the global one that was in force.
+        in_force = np.array([masks.code(key) for key in self._globals], np.int32)
+        own = np.repeat([masks.code(traced.mask) for traced in ordered], lengths)
+        mask_codes = np.where(own >= 0, own, in_force[self._global_of[places]])
         columns = [
             pa.DictionaryArray.from_arrays(
                 np.repeat(np.arange(len(ordered), dtype=np.int32), lengths),
@@ -149,7 +162,7 @@ class Assembler:
             pa.array(rows.position),
             pa.array(rows.token),
             segments.array(np.concatenate(segment_codes)),
-            masks.array(np.repeat([masks.code(traced.mask) for traced in ordered], lengths)),
+            masks.array(mask_codes),
             pa.ListArray.from_arrays(
                 offsets, pa.array(rows.experts.ravel()), type=schema.field("expert_ids").type
             ),
@@ -203,23 +216,28 @@ class Assembler:
     def _grow(self, rows: int) -> None:
         old = self._pool[: self._used]
         self._pool = self._allocate(max(rows, 2 * len(self._pool)))
+        before = self._global_of[: self._used]
+        self._global_of = np.empty(len(self._pool), np.int32)
         self._used = 0
-        self._append(old)
+        self._append(old, before)
 
-    def _append(self, rows: Rows) -> None:
+    def _append(self, rows: Rows, global_of: NDArray[np.int32] | int) -> None:
         stop = self._used + len(rows)
         for mine, theirs in zip(self._pool.columns(), rows.columns(), strict=True):
             mine[self._used : stop] = theirs
+        self._global_of[self._used : stop] = global_of
         self._used = stop
 
     def _keep(self, places: NDArray[Any]) -> None:
         if len(self._pool) * self.shape.row_bytes > self._memory_bytes:
             kept, self._pool = self._pool[places], self._allocate(max(2 * len(places), 4096))
+            before = self._global_of[places]
+            self._global_of = np.empty(len(self._pool), np.int32)
             self._used = 0
-            self._append(kept)
+            self._append(kept, before)
             return
         # Fancy indexing copies before it assigns, so the overlap is safe.
-        for column in self._pool.columns():
+        for column in (*self._pool.columns(), self._global_of):
             column[: len(places)] = column[places]
         self._used = len(places)
 

@@ -19,3 +19,7 @@ class TracerError(MoescopeError):
 
 class StoreError(MoescopeError):
     """A trace store is missing, damaged, of another format or of another model."""
+
+
+class SlotsFullError(MoescopeError):
+    """Every mask slot is in use by requests with other masks; a later try may find one free."""

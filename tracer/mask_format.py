@@ -1,8 +1,6 @@
 """A mask: what steering does to single experts of single layers. The JSON format and its checks.
 
-    {"name": "follow-document",
-     "entries": [{"layer": 3, "expert": 7, "action": "deactivate"},
-                 {"layer": 3, "expert": 9, "action": "scale", "value": 0.5}]}
+    {"name": "doc", "entries": [{"layer": 3, "expert": 9, "action": "scale", "value": 0.5}]}
 
 docs/masks.md describes it for users. What a mask means for one model is in mask.py, what it does to
 a token's routing in steer.py.
@@ -60,8 +58,7 @@ class MaskEntry(BaseModel):
         where = f"layer {self.layer}, expert {self.expert}"
         valued = self.action in ("scale", "bias")
         if valued and self.value is None:
-            example = "0.5 for half its weight" if self.action == "scale" else "-2.0"
-            raise ValueError(f"{where}: {self.action} needs a value, such as {example}")
+            raise ValueError(f"{where}: {self.action} needs a value, such as 0.5")
         if not valued and self.value is not None:
             raise ValueError(f"{where}: {self.action} takes no value (given: {self.value})")
         if self.value is not None and abs(self.value) > MAX_VALUE:
@@ -71,7 +68,7 @@ class MaskEntry(BaseModel):
         return self
 
     def __str__(self) -> str:
-        return self.action if self.value is None else f"{self.action} {self.value:g}"
+        return self.action if self.value is None else f"{self.action} {self.value}"
 
 
 class MaskSignature(BaseModel):
@@ -132,7 +129,7 @@ class Mask(BaseModel):
     @field_validator("source")
     @classmethod
     def _check_source(cls, source: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
-        json.dumps(source, allow_nan=False)  # NaN is a float, and no JSON
+        _dumps(source)  # NaN is a float, and no JSON
         return source
 
     @model_validator(mode="after")
@@ -167,12 +164,12 @@ class Mask(BaseModel):
         return {key: tuple(grouped[key]) for key in sorted(grouped)}
 
     def to_json(self) -> str:
-        """The mask as it stands in a file: one entry a line, so that versions compare well."""
+        """The mask as it stands in a file: a field or entry a line, so that versions compare."""
         fields = self.model_dump(mode="json", exclude={"entries"}, exclude_none=True)
-        head = json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False)
-        lines = ["    " + json.dumps(entry.model_dump(exclude_none=True)) for entry in self.entries]
-        entries = "[\n" + ",\n".join(lines) + "\n  ]" if lines else "[]"
-        return f'{head.removesuffix(chr(10) + "}")},\n  "entries": {entries}\n}}\n'
+        heads = [f'  "{key}": {_dumps(value)},\n' for key, value in fields.items()]
+        entries = [f"    {_dumps(entry.model_dump(exclude_none=True))}" for entry in self.entries]
+        listed = "[\n" + ",\n".join(entries) + "\n  ]" if entries else "[]"
+        return "{\n" + "".join(heads) + f'  "entries": {listed}\n}}\n'
 
 
 def check_name(name: str) -> str:
@@ -223,10 +220,13 @@ def write_mask(mask: Mask, path: str | Path) -> None:
         raise InputError(f"can't write the mask {path}: {error.strerror}") from error
 
 
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
 def explain(error: ValidationError) -> str:
     """Why a mask is unusable: the fields, their values and what they may be."""
-    problems = []
-    details = error.errors(include_url=False)
+    problems, details = [], error.errors(include_url=False)
     for item in details[:_MAX_PROBLEMS]:
         where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"])[1:]
         if isinstance(item["input"], str | int | float) and item["type"] != "json_invalid":

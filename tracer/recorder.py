@@ -9,6 +9,7 @@ batch: row i belongs to the i-th scheduled token.
 """
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ class Recorder:
         self.silent_layers: list[int] | None = None  # those not seen to record; None: not known
         self._live: dict[str, _Live] = {}
         self._unsent: list[dict[str, Any]] = []
+        self._global_mask: str | None = None
 
     @property
     def num_live(self) -> int:
@@ -77,6 +79,7 @@ class Recorder:
             "example_id": wishes.example_id,
             "condition": wishes.condition,
             "spans": wishes.spans,
+            "mask": wishes.mask,
             "prompt_tokens": prompt_tokens,
             **more,
         }
@@ -84,16 +87,23 @@ class Recorder:
             self.num_requests = number
             self._live[request_id] = _Live(number)
 
-    def finish(self, request_ids: Sequence[str] | set[str]) -> None:
+    def finish(self, request_ids: AbstractSet[str]) -> None:
         """These requests get no more rows; ids that are not traced are passed over."""
         if self.sink is None:
             return
-        for request_id in self._live.keys() & set(request_ids):
+        for request_id in self._live.keys() & request_ids:
             live = self._live.pop(request_id)
             message = {"op": "finish", "request": live.number, "lost_rows": live.lost_rows}
             self._unsent.append(message)
         while self._unsent and self.sink.send(self._unsent[0]):
             self._unsent.pop(0)
+
+    def mask_changes(self, key: str | None) -> None:
+        """From the next step on, requests without a mask of their own run under this one."""
+        self._global_mask = key
+        if self.sink is not None:
+            self._unsent.append({"op": "mask", "mask": key})
+            self.finish(frozenset())
 
     def end_step(
         self,
@@ -142,6 +152,8 @@ class Recorder:
         self.weights.fill_(_NEVER)
         self.silent_layers = None
         self.sink = sink
+        if self._global_mask is not None:
+            self.mask_changes(self._global_mask)
 
     def _prove(self) -> None:
         """See in the first step that every layer's routing arrives.

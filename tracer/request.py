@@ -8,8 +8,9 @@ A request carries its wishes in vLLM's `SamplingParams.extra_args` (over HTTP: `
     moescope_condition   "with_doc", "without_doc", ...
     moescope_spans       [["document", 3, 40], ...]: segments as [start, stop) token positions of
                          the prompt, ascending and disjoint; over HTTP the same as a JSON string
+    moescope_mask        the mask to be steered by, "name@version", or "none"
 
-Naming any of them but `moescope_trace` turns tracing on.
+Naming any of them but `moescope_trace` and `moescope_mask` turns tracing on.
 """
 
 import json
@@ -37,6 +38,7 @@ class TraceRequest(BaseModel):
     example_id: str | None = Field(None, max_length=1000)
     condition: str | None = Field(None, max_length=200)
     spans: list[Span] | None = None
+    mask: str | None = Field(None, min_length=1, max_length=200)
 
     @field_validator("trace", mode="before")
     @classmethod
@@ -87,7 +89,7 @@ def parse_extra_args(extra_args: Mapping[str, Any] | None, default: TraceRequest
     }
     if not given:
         return default
-    if given.keys() - {"trace"}:
+    if given.keys() - {"trace", "mask"}:
         given.setdefault("trace", True)
     try:
         return TraceRequest.model_validate(default.model_dump() | given)

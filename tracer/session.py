@@ -1,13 +1,15 @@
-"""Trace a `vllm.LLM` that the user made: `with trace(llm, store=...): llm.generate(...)`."""
+"""Trace and steer a `vllm.LLM` that the user made: `with trace(llm, ...), steer(llm, mask):`."""
 
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moescope.tracer.errors import TracerError, UnsupportedModelError
+from moescope.tracer.errors import InputError, SlotsFullError, TracerError, UnsupportedModelError
 from moescope.tracer.format import DEFAULT_RUN
+from moescope.tracer.mask_format import Mask
 from moescope.tracer.request import TraceRequest
 from moescope.tracer.settings import load_settings
 
@@ -43,7 +45,8 @@ def trace(
         TracerError: rows were lost that the policy promised to keep.
 
     """
-    from moescope.tracer.vllm_seam import call_workers, set_default_request
+    from moescope.tracer.vllm_seam import set_default_request
+    from moescope.tracer.worker import call_workers
 
     load_settings(**settings)  # an error here names the setting, before the engine is asked
     place = None if store is None else str(Path(store).absolute())
@@ -58,11 +61,73 @@ def trace(
         call_workers(llm, "stop")
 
 
+@contextmanager
+def steer(llm: Any, mask: Mask | None) -> Iterator[None]:
+    """Steer the requests of `llm` that name no mask of their own; None is no mask.
+
+    The mask is in force from the next step on, also for requests that run already, and the one
+    from before comes back after the block. Raises InputError if it does not fit the model.
+    """
+    before = getattr(llm, "moescope_steered_by", None)
+    _set_global(llm, mask)
+    try:
+        yield
+    finally:
+        _set_global(llm, before)
+
+
+def _set_global(llm: Any, mask: Mask | None) -> None:
+    from moescope.tracer.vllm_seam import CHANGING, salt_of_global_mask
+    from moescope.tracer.worker import call_workers
+
+    fields = None if mask is None else mask.model_dump(mode="json", exclude_none=True)
+    name = None if mask is None else mask.name
+    salt_of_global_mask(llm, CHANGING)
+    try:
+        call_workers(llm, "set_global", name, fields)
+        llm.moescope_steered_by = mask
+    finally:
+        # Never used before, and so not even for the same mask again: requests that ran through
+        # the change have left KV of both under the old one.
+        salt_of_global_mask(llm, f"global {name} {uuid.uuid4()}")
+
+
+@contextmanager
+def masks(llm: Any, *given: Mask) -> Iterator[None]:
+    """Let requests of `llm` name their own masks: `TraceRequest(mask=NAME).extra_args()`.
+
+    Raises InputError if a mask does not fit the model or two have one name, and SlotsFullError if
+    they are more than the engine has slots (MOESCOPE_SLOTS).
+    """
+    from moescope.tracer.vllm_seam import set_loaded_masks
+    from moescope.tracer.worker import call_workers
+
+    slots = {mask.name: slot for slot, mask in enumerate(given, 1)}
+    if len(slots) < len(given):
+        raise InputError(f"two of the masks {[mask.name for mask in given]} have one name")
+    num_slots = call_workers(llm, "status")[0].get("num_slots", len(given))
+    if len(given) > num_slots:
+        raise SlotsFullError(
+            f"{len(given)} masks for {num_slots} slots: start the engine with MOESCOPE_SLOTS="
+            f"{len(given)} in its environment"
+        )
+    try:
+        for mask in given:
+            fields = mask.model_dump(mode="json", exclude_none=True)
+            call_workers(llm, "load_mask", slots[mask.name], mask.name, fields)
+        set_loaded_masks(llm, slots)
+        yield
+    finally:
+        set_loaded_masks(llm, {})
+        settle(llm)
+        call_workers(llm, "unload_masks")
+
+
 def _prove(llm: Any) -> None:
     """Run one token, and refuse the model if a layer's routing did not arrive."""
     from vllm import SamplingParams
 
-    from moescope.tracer.vllm_seam import call_workers
+    from moescope.tracer.worker import call_workers
 
     if llm.llm_engine.has_unfinished_requests():
         return  # these will show it: the recorder checks the first step, whosever it is
@@ -79,12 +144,13 @@ def settle(llm: Any) -> dict[str, Any]:
     The engine tells its workers of finished requests with the step after, so an idle engine in
     this process needs one more, empty step.
     """
-    from moescope.tracer.vllm_seam import call_workers, run_empty_step
+    from moescope.tracer.vllm_seam import run_empty_step
+    from moescope.tracer.worker import call_workers
 
     deadline = time.monotonic() + _SETTLE_TIMEOUT_S
     while True:
         status = call_workers(llm, "sync")[0]
-        if not status["live"] or llm.llm_engine.has_unfinished_requests():
+        if not status["live"] + status["steered"] or llm.llm_engine.has_unfinished_requests():
             return status
         if time.monotonic() > deadline:
             raise TracerError(f"{status['live']} finished requests never reached the tracer")

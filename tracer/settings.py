@@ -43,6 +43,9 @@ class Settings(BaseSettings):
         description="Memory for rows of unfinished requests, in MiB; beyond it they go to an "
         "unnamed temporary file in the store's folder.",
     )
+    slots: int = Field(
+        16, ge=1, le=1024, description="Different masks that requests can be steered by at once."
+    )
 
 
 def load_settings(**given: object) -> Settings:

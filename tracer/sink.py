@@ -40,7 +40,7 @@ class Sink(Protocol):
         """Take a step's rows, or those at `places`; False when they were dropped."""
 
     def send(self, message: dict[str, Any]) -> bool:
-        """Pass a `begin` or `finish` message on; False when there was no room."""
+        """Pass a `begin`, `finish` or `mask` message on; False when there was no room."""
 
     def sync(self) -> None:
         """Return when everything finished so far is on disk."""
@@ -127,7 +127,7 @@ class RingSink:
 
     def send(self, message: dict[str, Any]) -> bool:
         """Queue a message; waits or gives up by the policy when there is no room."""
-        if message["op"] == "finish":
+        if message["op"] != "begin":
             message["rows_before"] = int(self._ring.words[HEAD])
         if self._block:
             self._wait_for(lambda: self._ring.send(message))

@@ -32,7 +32,7 @@ _SCORES = {
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
 }
-_LEAST_SUM = 1e-30  # a smaller sum of weights is no base to rescale by
+_LEAST_SUM = 1e-37  # below it float32 loses what a sum of weights could be rescaled by
 
 
 class SteerTables:

@@ -8,54 +8,39 @@
                                     mapping to physical ones of expert-parallel load balancing
     GPUModelRunner.execute_model    both model runners: which requests begin and end, and which
                                     token of the batch is whose
-    Worker.moescope_*               what `collective_rpc` calls: start, sync, stop, status
+    GPUModelRunner._model_forward   (first runner) the last place before the model runs, where the
+    GPUModelRunner.prepare_inputs   (second) batch is known: each token gets its mask's slot
+    Worker.moescope_*               what `collective_rpc` calls (worker.py)
 
 `install` wraps them once a process and fails if one of them is not there.
 """
 
 import functools
 import importlib.metadata
+import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from moescope.tracer import errors
-from moescope.tracer.errors import (
-    InputError,
-    MoescopeError,
-    TracerError,
-    UnsupportedModelError,
-)
+from moescope.tracer.errors import InputError, MoescopeError, UnsupportedModelError
 from moescope.tracer.format import ModelFacts, MoeShape
+from moescope.tracer.mask import RouterSpec
+from moescope.tracer.mask_format import NO_MASK
 from moescope.tracer.recorder import Recorder
 from moescope.tracer.request import RESOLVED, TraceRequest, parse_extra_args
-from moescope.tracer.settings import Settings, load_settings
-from moescope.tracer.sink import NullSink, RingSink
+from moescope.tracer.settings import load_settings
+from moescope.tracer.steering import NO_MASK_SLOT, Steering
+from moescope.tracer.worker import REMOTE, WorkerTracer
 
 SUPPORTED = "0.32"
-NO_PLUGIN = (
-    "this engine runs without moescope's vLLM plugin: either VLLM_PLUGINS is set and does not name "
-    "moescope, or moescope was not installed with pip"
-)
+CHANGING = "changing"  # see `salt_of_global_mask`
 
-# The recorder of the step that runs now. Compiled graphs of CPU engines reach it through the
-# operator below, since they must hold no object of ours.
-_running: Recorder | None = None
-
-
-class _Tracer:
-    """What a worker knows of tracing: a recorder, or the reason why there is none."""
-
-    def __init__(self, recorder: Recorder | None, reason: str = "") -> None:
-        self.recorder, self.reason = recorder, reason
-
-    def demand(self) -> Recorder:
-        if self.recorder is None:
-            raise UnsupportedModelError(self.reason)
-        return self.recorder
+# The tracer of the step that runs now. Compiled graphs of CPU engines reach it through the operator
+# below, since they must hold no object of ours.
+_running: WorkerTracer | None = None
 
 
 def install() -> None:
@@ -77,7 +62,9 @@ def install() -> None:
             (Worker, "load_model", _load_model),
             (_worker_class(), "compile_or_warm_up_model", _start_engine),
             (RunnerV1, "execute_model", _execute_model_v1),
+            (RunnerV1, "_model_forward", _model_forward_v1),
             (RunnerV2, "execute_model", _execute_model_v2),
+            (RunnerV2, "prepare_inputs", _prepare_inputs_v2),
         ]
         originals = [getattr(owner, name) for owner, name, _ in targets]
     except (ImportError, AttributeError) as error:
@@ -90,8 +77,8 @@ def install() -> None:
         return
     for (owner, name, wrap), original in zip(targets, originals, strict=True):
         setattr(owner, name, functools.wraps(original)(wrap(original)))
-    RunnerV1.moescope = RunnerV2.moescope = _Tracer(None, "no model is loaded yet")
-    for method in (moescope_start, moescope_sync, moescope_stop, moescope_status):
+    RunnerV1.moescope = RunnerV2.moescope = WorkerTracer(None, None, "no model is loaded yet")
+    for method in REMOTE:
         setattr(Worker, method.__name__, method)
 
 
@@ -144,6 +131,27 @@ def set_default_request(llm: Any, default: TraceRequest | None) -> None:
     llm.llm_engine.input_processor.moescope_default = default
 
 
+def set_loaded_masks(engine: Any, slots: dict[str, int]) -> None:
+    """Which masks requests of this engine (`LLM`, or a server's client) may name, and their slots.
+
+    "none" is always there.
+    """
+    _processor(engine).moescope_masks = slots
+
+
+def salt_of_global_mask(engine: Any, salt: str | None) -> None:
+    """What the prefix cache of requests without a mask of their own is keyed by, from now on.
+
+    KV computed under one global mask is wrong under another. Before a change give `CHANGING`, under
+    which no two requests share anything; after it, a text that was never used before.
+    """
+    _processor(engine).moescope_salt = salt
+
+
+def _processor(engine: Any) -> Any:
+    return getattr(engine, "llm_engine", engine).input_processor
+
+
 def run_empty_step(llm: Any) -> None:
     """Let an idle engine in this process tell its worker of the requests that finished last.
 
@@ -154,7 +162,7 @@ def run_empty_step(llm: Any) -> None:
 
 
 def _resolve(processor: Any, request: Any) -> None:
-    """Replace a request's wishes by one checked dictionary for the worker, if it is traced."""
+    """Replace a request's wishes by one checked dictionary for the worker, if it has any."""
     if not hasattr(processor, "moescope_default"):
         settings = load_settings()
         processor.moescope_default = (
@@ -172,8 +180,27 @@ def _resolve(processor: Any, request: Any) -> None:
             )
         _check_spans(wishes, request)
         params.skip_reading_prefix_cache = True
-        extra_args[RESOLVED] = wishes.model_dump()
+    slot = None if wishes.mask is None else _slot(processor, wishes.mask)
+    if wishes.trace or slot is not None:
+        extra_args[RESOLVED] = wishes.model_dump() | {"slot": slot}
     params.extra_args = extra_args or None
+    salt = wishes.mask or getattr(processor, "moescope_salt", None)
+    if salt == CHANGING:
+        salt = f"{CHANGING} {uuid.uuid4()}"
+    if salt is not None:
+        request.cache_salt = f"{request.cache_salt or ''}|moescope:{salt}"
+
+
+def _slot(processor: Any, key: str) -> int:
+    """The slot of a loaded mask; fails closed on any other."""
+    if key == NO_MASK:
+        return NO_MASK_SLOT
+    slots: dict[str, int] = getattr(processor, "moescope_masks", {})
+    if key not in slots:
+        raise InputError(
+            f"moescope_mask = {key!r} is not loaded; there are {', '.join(sorted(slots)) or 'none'}"
+        )
+    return slots[key]
 
 
 def _check_spans(wishes: TraceRequest, request: Any) -> None:
@@ -195,13 +222,13 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(config.additional_config, dict):
             # A compiled graph that was cached without our operator must not be taken for one
             # with it: additional_config is part of the cache's key.
-            config.additional_config.setdefault("moescope", "record-1")
+            config.additional_config.setdefault("moescope", "route-1")
         original(self, *args, **kwargs)
         try:
-            recorder = _wrap_routers(self.model_runner.get_model(), config, self.device)
-            self.model_runner.moescope = _Tracer(recorder)
+            tracer = _wrap_routers(self.model_runner.get_model(), config, self.device)
         except UnsupportedModelError as error:
-            self.model_runner.moescope = _Tracer(None, str(error))
+            tracer = WorkerTracer(None, None, str(error))
+        self.model_runner.moescope = tracer
 
     return load_model
 
@@ -211,29 +238,36 @@ def _start_engine(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(self, *args, **kwargs)
         settings = load_settings()
         if settings.store is not None:
-            _attach(self, settings.store, settings)
+            self.model_runner.moescope.attach(settings.store, self.rank, settings)
         return result
 
     return compile_or_warm_up_model
 
 
-def _wrap_routers(model: Any, config: Any, device: torch.device) -> Recorder:
-    """Make every router of the model record; UnsupportedModelError says why it can't be."""
+def _wrap_routers(model: Any, config: Any, device: torch.device) -> WorkerTracer:
+    """Steer and record what every router decides; UnsupportedModelError if that can't be."""
     from vllm.config import CompilationMode
     from vllm.platforms import current_platform
 
     runners = find_runners(model)
     _check_parallel(config.parallel_config)
     facts = _facts(runners, config)
-    recorder = Recorder(facts, config.scheduler_config.max_num_batched_tokens, device)
+    max_tokens = config.scheduler_config.max_num_batched_tokens
+    biases = [getattr(r.router, "e_score_correction_bias", None) for r in runners]
+    tracer = WorkerTracer(
+        Recorder(facts, max_tokens, device),
+        Steering(
+            facts.shape, _spec(runners[0].router), biases, load_settings().slots, max_tokens, device
+        ),
+    )
     traced_by_dynamo = (
         current_platform.is_cpu() and config.compilation_config.mode != CompilationMode.NONE
     )
     wrap = _through_operator if traced_by_dynamo else _directly
     for index, runner in enumerate(runners):
         compute = runner.router._compute_routing
-        runner.router._compute_routing = functools.wraps(compute)(wrap(compute, recorder, index))
-    return recorder
+        runner.router._compute_routing = functools.wraps(compute)(wrap(compute, tracer, index))
+    return tracer
 
 
 def find_runners(model: Any) -> list[Any]:
@@ -261,6 +295,11 @@ def find_runners(model: Any) -> list[Any]:
             raise UnsupportedModelError(
                 f"layer {runner.layer_id} routes by {type(runner.router).__name__}, which moescope "
                 "does not know"
+            )
+        if getattr(runner.router, "num_fused_shared_experts", 0):
+            raise UnsupportedModelError(
+                f"layer {runner.layer_id} routes its shared experts together with the others "
+                "(fused shared experts), which moescope can't tell apart: switch that off"
             )
     return runners
 
@@ -296,40 +335,73 @@ def _facts(runners: list[Any], config: Any) -> ModelFacts:
     )
 
 
-def _directly(compute: Callable[..., Any], recorder: Recorder, index: int) -> Callable[..., Any]:
+def _spec(router: Any) -> RouterSpec:
+    """How a router scores and chooses, as far as masks need to know."""
+    custom = getattr(router, "custom_routing_function", None) is not None
+    hashed = getattr(router, "_hash_indices_table", None) is not None
+    scoring: Any = getattr(router, "scoring_func", "softmax")
+    grouped = getattr(router, "use_grouped_topk", hasattr(router, "num_expert_group"))
+    biased = getattr(router, "e_score_correction_bias", None) is not None
+    return RouterSpec(
+        scoring="hash" if hashed else "custom" if custom else scoring,
+        renormalize=scoring == "sqrtsoftplus" or bool(getattr(router, "renormalize", False)),
+        num_groups=int(router.num_expert_group) if grouped else 1,
+        topk_groups=int(router.topk_group) if grouped else 1,
+        correction_bias=biased,
+        # Plain softmax routers hold a factor and do not apply it.
+        scaling=float(getattr(router, "routed_scaling_factor", 1.0)) if grouped or biased else 1.0,
+    )
+
+
+def _directly(compute: Callable[..., Any], tracer: WorkerTracer, index: int) -> Callable[..., Any]:
     """For eager engines, and for GPUs, where routing runs inside vLLM's opaque operator."""
 
-    def compute_routing(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = compute(*args, **kwargs)
-        recorder.record(index, weights, ids)
-        return weights, ids
+    def compute_routing(
+        hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = compute(hidden_states, router_logits, *args, **kwargs)
+        return tracer.route(index, router_logits, weights, ids)
 
     return compute_routing
 
 
 def _through_operator(
-    compute: Callable[..., Any], _recorder: Recorder, index: int
+    compute: Callable[..., Any], _tracer: WorkerTracer, index: int
 ) -> Callable[..., Any]:
     """For compiled CPU engines, whose routing torch.compile traces through."""
 
-    def compute_routing(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = compute(*args, **kwargs)
-        return weights, torch.ops.moescope.record(weights, ids, index)
+    def compute_routing(
+        hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = compute(hidden_states, router_logits, *args, **kwargs)
+        return torch.ops.moescope.route(router_logits, weights, ids, index)
 
     return compute_routing
 
 
-@torch.library.custom_op("moescope::record", mutates_args=())
-def _record(weights: torch.Tensor, ids: torch.Tensor, index: int) -> torch.Tensor:
-    """Record one layer, and return the ids: an operator whose result is used is never removed."""
-    if _running is not None:
-        _running.record(index, weights, ids)
-    return ids.clone()
+@torch.library.custom_op("moescope::route", mutates_args=())
+def _route(
+    logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`WorkerTracer.route` as an operator: one whose result is used is never removed."""
+    if _running is None:
+        return weights.clone(), ids.clone()
+    new_weights, new_ids = _running.route(index, logits, weights, ids)
+    # An operator may not return its own inputs.
+    return (
+        weights.clone() if new_weights is weights else new_weights,
+        ids.clone() if new_ids is ids else new_ids,
+    )
 
 
-@_record.register_fake
-def _record_fake(weights: torch.Tensor, ids: torch.Tensor, index: int) -> torch.Tensor:  # noqa: ARG001
-    return torch.empty_like(ids)
+@_route.register_fake
+def _route_fake(
+    logits: torch.Tensor,  # noqa: ARG001
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    index: int,  # noqa: ARG001
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(weights), torch.empty_like(ids)
 
 
 # The worker: steps.
@@ -337,19 +409,34 @@ def _record_fake(weights: torch.Tensor, ids: torch.Tensor, index: int) -> torch.
 
 def _execute_model_v1(original: Callable[..., Any]) -> Callable[..., Any]:
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        recorder = self.moescope.recorder
-        if recorder is None or recorder.sink is None:
+        tracer: WorkerTracer = self.moescope
+        if tracer.idle:
             return original(self, scheduler_output, *args, **kwargs)
-        _requests_change(recorder, scheduler_output)
-        result = _run(recorder, original, self, scheduler_output, *args, **kwargs)
-        if scheduler_output.total_num_scheduled_tokens:
-            scheduled = scheduler_output.num_scheduled_tokens
-            ids = self.input_batch.req_ids
-            counts = np.array([scheduled[request_id] for request_id in ids], np.int32)
-            recorder.end_step(ids, counts, self.input_ids.gpu, self.positions)
+        _requests_change(tracer, scheduler_output)
+        self.moescope_scheduled = scheduler_output.num_scheduled_tokens
+        result = _run(tracer, original, self, scheduler_output, *args, **kwargs)
+        if self.moescope_scheduled:
+            batch = _batch_v1(self)
+            tracer.after_step(*batch, self.input_ids.gpu, self.positions)
+        self.moescope_scheduled = None
         return result
 
     return execute_model
+
+
+def _model_forward_v1(original: Callable[..., Any]) -> Callable[..., Any]:
+    def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "moescope_scheduled", None):  # not in a dummy run
+            self.moescope.before_forward(*_batch_v1(self))
+        return original(self, *args, **kwargs)
+
+    return model_forward
+
+
+def _batch_v1(runner: Any) -> tuple[list[str], NDArray[np.int32]]:
+    """The batch's requests in the order of their tokens, and how many each has."""
+    ids, scheduled = runner.input_batch.req_ids, runner.moescope_scheduled
+    return ids, np.array([scheduled[request_id] for request_id in ids], np.int32)
 
 
 def _execute_model_v2(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -360,34 +447,47 @@ def _execute_model_v2(original: Callable[..., Any]) -> Callable[..., Any]:
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> Any:
-        recorder = self.moescope.recorder
+        tracer: WorkerTracer = self.moescope
         arguments = (self, scheduler_output, intermediate_tensors, dummy_run)
-        if recorder is None or recorder.sink is None or dummy_run:
+        if tracer.idle or dummy_run:
             return original(*arguments, **kwargs)
-        _requests_change(recorder, scheduler_output)
-        result = _run(recorder, original, *arguments, **kwargs)
+        _requests_change(tracer, scheduler_output)
+        result = _run(tracer, original, *arguments, **kwargs)
         if scheduler_output.total_num_scheduled_tokens:
             batch = self.execute_model_state.input_batch
-            counts = np.diff(batch.query_start_loc_np[: batch.num_reqs + 1])
-            recorder.end_step(batch.req_ids, counts, batch.input_ids, batch.positions)
+            tracer.after_step(*_batch_v2(batch), batch.input_ids, batch.positions)
         return result
 
     return execute_model
 
 
-def _run(recorder: Recorder, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _prepare_inputs_v2(original: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = original(self, *args, **kwargs)
+        if not self.moescope.idle:
+            self.moescope.before_forward(*_batch_v2(batch))
+        return batch
+
+    return prepare_inputs
+
+
+def _batch_v2(batch: Any) -> tuple[list[str], NDArray[np.int32]]:
+    return batch.req_ids, np.diff(batch.query_start_loc_np[: batch.num_reqs + 1])
+
+
+def _run(tracer: WorkerTracer, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     global _running
-    _running = recorder
+    _running = tracer
     try:
         return step(*args, **kwargs)
     finally:
         _running = None
 
 
-def _requests_change(recorder: Recorder, scheduler_output: Any) -> None:
-    """Tell the recorder which requests ended before this step, and which begin with it."""
+def _requests_change(tracer: WorkerTracer, scheduler_output: Any) -> None:
+    """Tell the tracer which requests ended before this step, and which begin with it."""
     if scheduler_output.finished_req_ids:
-        recorder.finish(scheduler_output.finished_req_ids)
+        tracer.finish(scheduler_output.finished_req_ids)
     for request in scheduler_output.scheduled_new_reqs:
         params = request.sampling_params
         resolved = (params.extra_args or {}).get(RESOLVED) if params is not None else None
@@ -395,90 +495,4 @@ def _requests_change(recorder: Recorder, scheduler_output: Any) -> None:
             stop_ids = set(params.stop_token_ids or ())
             if not params.ignore_eos and params.eos_token_id is not None:
                 stop_ids.add(params.eos_token_id)
-            recorder.begin(
-                request.req_id,
-                TraceRequest.model_validate(resolved),
-                request.prompt_len,
-                stop_ids=sorted(stop_ids),
-            )
-
-
-# The worker: remote calls. An error of ours travels back as a value: vLLM would keep only its text.
-
-
-def call_workers(llm: Any, method: str, *args: Any) -> list[dict[str, Any]]:
-    """Call `moescope_METHOD` on every worker of a `vllm.LLM`; raises what the workers raised."""
-    try:
-        answers: list[dict[str, Any]] = llm.collective_rpc(f"moescope_{method}", args=args)
-    except NotImplementedError as error:
-        raise TracerError(NO_PLUGIN) from error
-    except Exception as error:
-        if "is not implemented" in str(error):  # from an engine in another process
-            raise TracerError(NO_PLUGIN) from error
-        raise
-    for answer in answers:
-        if "error" in answer:
-            raise getattr(errors, answer["error"])(answer["message"])
-    return answers
-
-
-def _answer(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    @functools.wraps(method)
-    def answer(self: Any, *args: Any) -> dict[str, Any]:
-        try:
-            return method(self, *args)
-        except MoescopeError as error:
-            return {"error": type(error).__name__, "message": str(error)}
-
-    return answer
-
-
-@_answer
-def moescope_start(self: Any, store: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Trace into `store`, or, for a baseline that records and writes nothing, into none.
-
-    UnsupportedModelError if the model's routing can't be traced.
-    """
-    recorder = self.model_runner.moescope.demand()
-    if recorder.sink is not None:
-        raise InputError(
-            "this engine is tracing already: leave the other `with trace(...)` first, or unset "
-            "MOESCOPE_STORE"
-        )
-    _attach(self, None if store is None else Path(store), load_settings(**settings))
-    return recorder.facts.to_json()
-
-
-def _attach(worker: Any, store: Path | None, settings: Settings) -> None:
-    recorder = worker.model_runner.moescope.demand()
-    if worker.rank != 0 or store is None:  # tensor parallel: all ranks route alike, one records
-        recorder.attach(NullSink())
-    else:
-        recorder.attach(RingSink(store, recorder.facts, settings))
-
-
-@_answer
-def moescope_sync(self: Any) -> dict[str, Any]:
-    """Put every finished request on disk; returns counters, `live` among them."""
-    recorder = self.model_runner.moescope.demand()
-    if recorder.sink is not None and not recorder.num_live:
-        recorder.sink.sync()
-    return recorder.status()
-
-
-@_answer
-def moescope_stop(self: Any) -> dict[str, Any]:
-    """Stop tracing; finished requests are on disk afterwards, others are given up."""
-    recorder = self.model_runner.moescope.demand()
-    status = recorder.status()
-    recorder.detach()
-    return status
-
-
-@_answer
-def moescope_status(self: Any) -> dict[str, Any]:
-    """The model's facts and the counters, or the reason why this model can't be traced."""
-    tracer = self.model_runner.moescope
-    if tracer.recorder is None:
-        return {"reason": tracer.reason}
-    return {"facts": tracer.recorder.facts.to_json()} | tracer.recorder.status()
+            tracer.begin(request.req_id, dict(resolved), request.prompt_len, sorted(stop_ids))

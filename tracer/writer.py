@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from moescope.tracer.ring import (
     SYNC_ASKED,
     SYNC_DONE,
     Ring,
+    Rows,
 )
 from moescope.tracer.settings import Settings
 from moescope.tracer.store import StoreWriter
@@ -47,7 +49,7 @@ class Writer:
             facts.shape, memory_bytes=settings.writer_mib << 20, spill=store.path
         )
         self._taken = ring.word(HEAD)  # rows taken out of the ring so far
-        self._finishes: list[dict[str, Any]] = []  # those whose rows are still in the ring
+        self._pending: deque[dict[str, Any]] = deque()  # messages behind rows still in the ring
         self._committed_at = time.monotonic()
 
     def run(self, parent: int) -> None:
@@ -70,27 +72,39 @@ class Writer:
 
     def drain(self) -> int:
         """Take messages and at most `_BITE_ROWS` rows out of the ring; returns the rows."""
-        messages = self.ring.receive()
+        for message in self.ring.receive():
+            if message["op"] == "begin":
+                self.assembler.begin(Traced(**{k: v for k, v in message.items() if k != "op"}))
+            else:
+                self._pending.append(message)
         moved = 0
         for block in self.ring.available():
             bite = block[: _BITE_ROWS - moved]
-            self.assembler.add(bite)
+            self._add(bite)
             self.ring.release(len(bite))
             moved += len(bite)
-        self._taken += moved
-        for message in messages:
-            if message.pop("op") == "begin":
-                self.assembler.begin(Traced(**message))
-            else:
-                self._finishes.append(message)
-        later = []
-        for message in self._finishes:
-            if message["rows_before"] > self._taken:
-                later.append(message)
+        self._apply()
+        return moved
+
+    def _add(self, rows: Rows) -> None:
+        """Add rows, applying each message behind the last row that came before it."""
+        done = 0
+        while done < len(rows):
+            self._apply()
+            until = len(rows)
+            if self._pending:
+                until = min(until, done + self._pending[0]["rows_before"] - self._taken)
+            self.assembler.add(rows[done:until])
+            self._taken += until - done
+            done = until
+
+    def _apply(self) -> None:
+        while self._pending and self._pending[0]["rows_before"] <= self._taken:
+            message = self._pending.popleft()
+            if message["op"] == "mask":
+                self.assembler.mask_changes(message["mask"])
             else:
                 self.assembler.finish(message["request"], message["lost_rows"])
-        self._finishes = later
-        return moved
 
     def commit(self) -> None:
         """Write the finished requests, if any, as one pair of files."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import typer
+
 from moescope.clients.cli import app
 
 ROOT = Path(__file__).parents[3]

@@ -119,3 +119,22 @@ def test_rows_beyond_the_memory_limit_go_to_a_file_that_has_no_name(shape, make_
     assembler.finish(1, 0)
     tokens, _ = assembler.take()
     assert tokens["expert_ids"].to_pylist() == make_rows(1, range(9000)).experts.tolist()
+
+
+def test_the_mask_of_a_token_is_its_own_or_the_global_one_in_force(assembler, make_rows):
+    assembler.begin(traced(1))
+    assembler.begin(traced(2, mask="own@1"))
+    assembler.add(make_rows(1, range(2)))
+    assembler.mask_changes("all@1")
+    assembler.add(make_rows(1, range(2, 5)))
+    assembler.add(make_rows(2, range(3)))
+    assembler.mask_changes(None)
+    assembler.add(make_rows(1, [5]))
+    assembler.add(make_rows(2, [3]))
+    assembler.finish(1, 0)
+    tokens, _ = assembler.take()
+    assert tokens["mask"].to_pylist() == [None] * 2 + ["all@1"] * 3 + [None]
+    assembler.finish(2, 0)
+    tokens, requests = assembler.take()
+    assert tokens["mask"].to_pylist() == ["own@1"] * 4
+    assert requests["mask"].to_pylist() == ["own@1"]

@@ -203,7 +203,7 @@ def test_scale_bias_and_activate_may_meet_on_one_expert():
     both = mask(entry(1, 2, "activate"), entry(1, 2, "scale", 2), entry(1, 2, "bias", -1))
     table = compile_mask(both, SHAPE)
     assert (table.action[0, 2], table.scale[0, 2], table.bias[0, 2]) == (ACTIVATE, 2, -1)
-    assert [str(item) for item in both.entries] == ["activate", "scale 2", "bias -1"]
+    assert [str(item) for item in both.entries] == ["activate", "scale 2.0", "bias -1.0"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from moescope.tracer.errors import InputError
 from moescope.tracer.settings import Settings, load_settings
 

@@ -43,7 +43,7 @@ SCORES_32 = {
 
 families = pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
 seeds = st.integers(0, 2**32 - 1)
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=25, deadline=None)
 
 
 # Ten lines of reference: one token, plain Python.
@@ -60,10 +60,8 @@ def reference_choice(scores, action, spec, priority):
         return -score, min(priority[group * size : (group + 1) * size])
 
     groups = sorted(range(spec.num_groups), key=group_key)[: spec.topk_groups]
-    return sorted(
-        usable,
-        key=lambda e: (action[e] != ACTIVATE, e // size not in groups, -scores[e], priority[e]),
-    )[:TOP_K]
+    tier = {e: 0 if action[e] == ACTIVATE else 1 + (e // size not in groups) for e in usable}
+    return sorted(usable, key=lambda e: (tier[e], -scores[e], priority[e]))[:TOP_K]
 
 
 def reference_weights(edited, ids, scale, spec, renormalise):
@@ -71,7 +69,7 @@ def reference_weights(edited, ids, scale, spec, renormalise):
     gate = SCORES_64[spec.scoring](edited.astype(np.float64))[ids]
     gate = (gate / gate.sum() if spec.renormalize else gate) * spec.scaling
     scaled = gate * scale[ids]
-    return scaled * gate.sum() / scaled.sum() if renormalise and scaled.sum() > 0 else scaled
+    return scaled * gate.sum() / scaled.sum() if renormalise and scaled.sum() > 1e-37 else scaled
 
 
 def choice_scores(edited, spec, correction):
@@ -85,7 +83,7 @@ def choice_scores(edited, spec, correction):
 # Random inputs, all from a seed.
 
 
-def random_logits(rng, tokens=6):
+def random_logits(rng, tokens=4):
     kind = rng.choice(["smooth", "ties", "wide", "flat"])
     logits = rng.normal(size=(tokens, EXPERTS)) * {"wide": 30}.get(kind, 2)
     if kind == "ties":
@@ -98,7 +96,7 @@ def random_logits(rng, tokens=6):
 def random_correction(rng, spec):
     if not spec.correction_bias:
         return None
-    return torch.tensor(rng.choice([-0.5, 0.0, 0.25, 1.0], EXPERTS), dtype=torch.float32)
+    return torch.tensor(rng.choice([-2.0, -0.5, 0.0, 1.0], EXPERTS), dtype=torch.float32)
 
 
 def plain_routing(logits, spec, correction, rng):
@@ -246,9 +244,9 @@ def test_scale_alone_keeps_the_choice(spec, seed):
     again, new_ids = route(tables, 2, logits, weights, ids, spec, correction)
     assert same_bits(new_ids, ids)
     total, rest = weights.sum(-1), expected.sum(-1)
-    kept = rest > 1e-30
+    kept = rest > 1e-37
     torch.testing.assert_close(again.sum(-1)[kept], total[kept], rtol=1e-5, atol=0)
-    assert (again[~kept] < 1e-20).all()
+    assert (again[~kept] < 1e-30).all()
 
 
 def steermoe_rule(logits, action, top_k, renormalize, epsilon):
@@ -268,7 +266,7 @@ def steermoe_rule(logits, action, top_k, renormalize, epsilon):
 def test_steermoe_mode_equals_the_papers_rule(renormalize, seed, epsilon):
     rng = np.random.default_rng(seed)
     spec = RouterSpec("softmax", renormalize)
-    logits = torch.tensor(rng.normal(size=(6, EXPERTS)) * 3, dtype=torch.float32)
+    logits = torch.tensor(rng.normal(size=(4, EXPERTS)) * 3, dtype=torch.float32)
     weights, ids = plain_routing(logits, spec, None, rng)
     mask = random_mask(rng, steermoe=True).model_copy(update={"epsilon": epsilon})
     action = compile_mask(mask, SHAPE).action[LAYER]
@@ -289,15 +287,15 @@ def test_steermoe_mode_equals_the_papers_rule(renormalize, seed, epsilon):
 @given(seed=seeds)
 def test_each_token_is_routed_as_if_its_mask_were_alone(spec, seed):
     rng = np.random.default_rng(seed)
-    logits, correction = random_logits(rng, 24), random_correction(rng, spec)
+    logits, correction = random_logits(rng, 12), random_correction(rng, spec)
     weights, ids = plain_routing(logits, spec, correction, rng)
     masks = [
         random_mask(rng, steermoe=spec.scoring == "softmax" and number % 2 == 1)
-        for number in range(5)
+        for number in range(3)
     ]
-    tables, slots = tables_with(*masks), rng.integers(0, 6, 24)
+    tables, slots = tables_with(*masks), rng.integers(0, 4, 12)
     mixed_weights, mixed_ids = route(tables, slots, logits, weights, ids, spec, correction)
-    for slot in range(6):
+    for slot in range(4):
         alone = tables_with(masks[slot - 1]) if slot else tables_with()
         own = slots == slot
         lone_weights, lone_ids = route(alone, int(slot > 0), logits, weights, ids, spec, correction)

@@ -168,3 +168,19 @@ def test_finished_requests_reach_the_disk_without_being_asked(tmp_path, facts, m
         time.sleep(0.02)
     assert sink._ring.word(TAIL) == 9
     sink.close()
+
+
+def test_a_global_mask_counts_from_the_row_where_it_came(tmp_path, facts, make_rows):
+    sink = RingSink(tmp_path, facts, Settings())
+    begin(sink, 1)
+    os.kill(sink._process.pid, signal.SIGSTOP)  # so that all of it is drained at once
+    sink.write(make_rows(1, range(3)), None)
+    sink.send({"op": "mask", "mask": "a"})
+    sink.write(make_rows(1, range(3, 7)), None)
+    sink.send({"op": "mask", "mask": None})
+    sink.write(make_rows(1, range(7, 9)), None)
+    finish(sink, 1)
+    os.kill(sink._process.pid, signal.SIGCONT)
+    sink.close()
+    [file] = committed_files(tmp_path)[0]
+    assert pq.read_table(file)["mask"].to_pylist() == [None] * 3 + ["a"] * 4 + [None] * 2
