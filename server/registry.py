@@ -69,7 +69,7 @@ class Registry:
         """Let another server use the folder."""
         self._lock.close()
 
-    def list(self) -> list[StoredMask]:
+    def all(self) -> list[StoredMask]:
         """The last version of every mask, by name."""
         names = sorted(name for name in self.state.latest if self.state.current(name))
         return [self.get(name) for name in names]

@@ -43,6 +43,11 @@ class Settings(BaseSettings):
         description="Memory for rows of unfinished requests, in MiB; beyond it they go to an "
         "unnamed temporary file in the store's folder.",
     )
+    steer: Literal["auto", "on"] = Field(
+        "auto",
+        description="Whether CUDA graphs are captured with the masks' edit, which costs speed: "
+        "`on`, or not. Engines without graphs can always be steered.",
+    )
     slots: int = Field(
         16, ge=1, le=1024, description="Different masks that requests can be steered by at once."
     )

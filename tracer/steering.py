@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moescope.tracer.errors import TracerError
+from moescope.tracer.errors import InputError, TracerError
 from moescope.tracer.format import MoeShape
 from moescope.tracer.mask import (
     Mask,
@@ -39,13 +39,16 @@ class Steering:
         num_slots: int,
         max_tokens: int,
         device: torch.device,
+        captured: bool | None = None,
     ) -> None:
+        """`captured`: the edit is part of CUDA graphs (None: there are none to be part of)."""
         self.shape, self.spec, self.num_slots = shape, spec, num_slots
         self.tables = SteerTables(shape, num_slots + 2, max_tokens, device)
         self.global_key: str | None = None
         self.keys: dict[int, str] = {NO_MASK_SLOT: NO_MASK}
-        # A captured graph can't ask the host: on a GPU the edit is always there.
-        self.always = device.type != "cpu" and spec.scoring not in ("custom", "hash")
+        self._captured = captured
+        # A captured graph can't ask the host whether there is something to edit.
+        self.always = captured is True and spec.scoring not in ("custom", "hash")
         self._biases = correction_biases
         self._slots: dict[str, int] = {}  # of requests that name a mask and run
 
@@ -68,7 +71,7 @@ class Steering:
             raise TracerError(f"there is no mask slot {slot}, only 1 to {self.num_slots}")
         if self.keys.get(slot) == key:
             return True
-        check_mask(mask, self.shape, self.spec)
+        self._check(mask)
         if slot in self._slots.values():
             return False
         self.tables.set_slot(slot, compile_mask(mask, self.shape))
@@ -92,9 +95,17 @@ class Steering:
             self.tables.clear_slot(0)
             self.global_key = None
             return
-        check_mask(mask, self.shape, self.spec)
+        self._check(mask)
         self.tables.set_slot(0, compile_mask(mask, self.shape))
         self.global_key = key
+
+    def _check(self, mask: Mask) -> None:
+        if self._captured is False:
+            raise InputError(
+                "this engine's CUDA graphs were captured without steering: start it with "
+                "MOESCOPE_STEER=on in its environment, or with --enforce-eager"
+            )
+        check_mask(mask, self.shape, self.spec)
 
     def begin(self, request_id: str, slot: int, key: str) -> None:
         """A request with its own mask is scheduled; TracerError if the slot holds another."""

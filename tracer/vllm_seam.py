@@ -254,10 +254,18 @@ def _wrap_routers(model: Any, config: Any, device: torch.device) -> WorkerTracer
     facts = _facts(runners, config)
     max_tokens = config.scheduler_config.max_num_batched_tokens
     biases = [getattr(r.router, "e_score_correction_bias", None) for r in runners]
+    settings = load_settings()
+    graphs = device.type != "cpu" and config.compilation_config.cudagraph_mode.value != 0
     tracer = WorkerTracer(
         Recorder(facts, max_tokens, device),
         Steering(
-            facts.shape, _spec(runners[0].router), biases, load_settings().slots, max_tokens, device
+            facts.shape,
+            _spec(runners[0].router),
+            biases,
+            settings.slots,
+            max_tokens,
+            device,
+            captured=settings.steer == "on" if graphs else None,
         ),
     )
     traced_by_dynamo = (

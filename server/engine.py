@@ -1,0 +1,94 @@
+"""What the control plane asks of the engine: remote calls to its workers, typed."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+from uuid import uuid4
+
+from moescope.tracer.errors import TracerError, UnsupportedModelError
+from moescope.tracer.mask import Mask
+
+
+class Engine(Protocol):
+    """The engine, as the control plane sees it."""
+
+    async def status(self) -> dict[str, Any]:
+        """The model's facts, the router, the slots and the tracer's counters."""
+
+    async def load_mask(self, slot: int, key: str, mask: Mask) -> bool:
+        """Put a mask into a slot; False while requests run under what lies there."""
+
+    async def set_global(self, key: str | None, mask: Mask | None) -> None:
+        """The mask of requests that name none, from the next step on."""
+
+    async def sync(self) -> dict[str, Any]:
+        """Put every finished request on disk; returns the status."""
+
+    def publish(self, slots: Mapping[str, int]) -> None:
+        """Which masks requests may name from now on, and their slots."""
+
+
+class VllmEngine:
+    """An `Engine` behind vLLM's client."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def status(self) -> dict[str, Any]:
+        """See `Engine`. UnsupportedModelError if the model can't be traced and steered."""
+        answers = await self._call("status")
+        for answer in answers:
+            if "reason" in answer:
+                raise UnsupportedModelError(answer["reason"])
+        # Under tensor parallelism one worker records and all steer alike.
+        return next((answer for answer in answers if answer["attached"]), answers[0])
+
+    async def load_mask(self, slot: int, key: str, mask: Mask) -> bool:
+        """See `Engine`."""
+        answers = await self._call("load_mask", slot, key, mask.model_dump(mode="json"))
+        return not any(answer.get("busy") for answer in answers)
+
+    async def set_global(self, key: str | None, mask: Mask | None) -> None:
+        """See `Engine`."""
+        from moescope.tracer.vllm_seam import CHANGING, salt_of_global_mask
+
+        # No request may find in the prefix cache what was computed under another global mask: one
+        # that runs across the change computes under both. So every change gets a salt of its own.
+        salt_of_global_mask(self._client, CHANGING)
+        try:
+            await self._call("set_global", key, None if mask is None else mask.model_dump(mode="json"))
+        finally:
+            salt_of_global_mask(self._client, f"global {key} {uuid4()}")
+
+    async def sync(self) -> dict[str, Any]:
+        """See `Engine`."""
+        answers = await self._call("sync")
+        return next((answer for answer in answers if answer["attached"]), answers[0])
+
+    def publish(self, slots: Mapping[str, int]) -> None:
+        """See `Engine`."""
+        from moescope.tracer.vllm_seam import set_loaded_masks
+
+        set_loaded_masks(self._client, dict(slots))
+
+    async def prove(self) -> None:
+        """Run one token, and refuse the model if a layer's routing does not arrive."""
+        from vllm import SamplingParams
+
+        one = SamplingParams(max_tokens=1, detokenize=False)
+        prompt = {"prompt_token_ids": [1]}
+        async for _ in self._client.generate(prompt, one, f"moescope-{uuid4()}"):
+            pass
+        silence = (await self.status())["silence"]
+        if silence:
+            raise UnsupportedModelError(silence)
+
+    async def _call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        from moescope.tracer.worker import NO_PLUGIN, check_answers
+
+        try:
+            answers = await self._client.collective_rpc(f"moescope_{method}", args=args)
+        except Exception as error:
+            if isinstance(error, NotImplementedError) or "is not implemented" in str(error):
+                raise TracerError(NO_PLUGIN) from error
+            raise
+        return check_answers(answers)
