@@ -3,7 +3,7 @@
     {"name": "doc", "entries": [{"layer": 3, "expert": 9, "action": "scale", "value": 0.5}]}
 
 docs/masks.md describes it for users. What a mask means for one model is in mask.py, what it does to
-a token's routing in steer.py.
+a token's routing in reroute.py.
 """
 
 import json

@@ -23,7 +23,7 @@ from moescope.tracer.mask import (
     compile_mask,
 )
 from moescope.tracer.mask_format import NO_MASK
-from moescope.tracer.steer import SteerTables, steer
+from moescope.tracer.reroute import SteerTables, steer
 
 NO_MASK_SLOT = -1
 
@@ -133,7 +133,7 @@ class Steering:
     def route(
         self, layer: int, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What vLLM's router decided, edited by the masks; see steer.py for the shapes."""
+        """What vLLM's router decided, edited by the masks; see reroute.py for the shapes."""
         if not (self.always or self.tables.touches(layer)):
             return weights, ids
         slots = self.tables.token_slots[: ids.shape[0]]

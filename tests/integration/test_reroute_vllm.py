@@ -6,7 +6,7 @@ import torch
 
 from moescope.tracer.format import MoeShape
 from moescope.tracer.mask import ACTIVATE, DEACTIVATE, RouterSpec, compile_mask, make_mask
-from moescope.tracer.steer import SteerTables, steer
+from moescope.tracer.reroute import SteerTables, steer
 
 pytestmark = pytest.mark.engine
 

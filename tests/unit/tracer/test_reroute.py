@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moescope.tracer.format import MoeShape
 from moescope.tracer.mask import ACTIVATE, DEACTIVATE, RouterSpec, compile_mask, make_mask
-from moescope.tracer.steer import SteerTables, steer
+from moescope.tracer.reroute import SteerTables, steer
 
 EXPERTS, TOP_K, GROUPS = 16, 4, 4
 SHAPE = MoeShape((3, 4), EXPERTS, TOP_K)
