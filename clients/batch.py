@@ -93,7 +93,9 @@ def _engine_arguments(model: str, options: tuple[str, ...]) -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser(
-        prog="moescope trace ... --", description="vLLM's engine options", add_help=False
+        prog="moescope trace",
+        usage="moescope trace JOB --model MODEL --store DIR -- [vLLM engine options]",
+        add_help=False,
     )
     namespace = EngineArgs.add_cli_args(parser).parse_args(["--model", model, *options])
     arguments = EngineArgs.from_cli_args(namespace)

@@ -35,7 +35,7 @@ HEAD, TAIL, MESSAGE_HEAD, MESSAGE_TAIL = 8, 16, 24, 32
 SYNC_ASKED, SYNC_DONE = 40, 48  # the engine asks by counting up, the writer answers
 CLOSED = 56  # 1: the engine has sent its last row
 STATE = 64  # of the writer: one of the four below
-DROPPED = 72  # rows that the engine had to let go
+DROPPED_ROWS, DROPPED_REQUESTS = 72, 80  # what the engine had to let go
 STARTING, RUNNING, FINISHED, FAILED = range(4)
 
 _fence_lock = threading.Lock()

@@ -55,10 +55,15 @@ def trace(
         _prove(llm)
         set_default_request(llm, TraceRequest(trace=default, run=run, condition=condition))
         yield
-        settle(llm)
+        live = settle(llm)["live"]
     finally:
         set_default_request(llm, None)
         call_workers(llm, "stop")
+    if live:
+        raise TracerError(
+            f"{live} traced requests had not finished at the end of the block, and have no rows: "
+            "wait for them inside it"
+        )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Where a step's rows go: into the ring of a writer process, or nowhere."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from moescope.tracer.errors import StoreError, TracerError
 from moescope.tracer.format import ModelFacts
 from moescope.tracer.ring import (
     CLOSED,
-    DROPPED,
+    DROPPED_REQUESTS,
+    DROPPED_ROWS,
     FAILED,
     FINISHED,
     HEAD,
@@ -27,6 +29,8 @@ from moescope.tracer.ring import (
     Rows,
 )
 from moescope.tracer.settings import Settings
+
+logger = logging.getLogger("moescope")
 
 _START_TIMEOUT_S = 60.0
 _WAIT_S = 0.0005
@@ -72,6 +76,7 @@ class RingSink:
 
     def __init__(self, store: Path, facts: ModelFacts, settings: Settings) -> None:
         self._block = settings.policy == "block"
+        self._warned = False
         capacity = max((settings.ring_mib << 20) // facts.shape.row_bytes, 1)
         message_bytes = 1 << 22
         self._ring = Ring.create(facts.shape, capacity, message_bytes)
@@ -102,13 +107,14 @@ class RingSink:
     @property
     def dropped_rows(self) -> int:
         """Rows that were let go since the start."""
-        return self._ring.word(DROPPED)
+        return self._ring.word(DROPPED_ROWS)
 
     def write(self, rows: Rows, places: NDArray[np.intp] | None) -> bool:
         """Copy rows into the ring; waits or drops by the policy when it is full."""
         ring, count = self._ring, len(rows) if places is None else len(places)
         if not self._block and count > ring.free:
-            ring.set_word(DROPPED, ring.word(DROPPED) + count)
+            ring.set_word(DROPPED_ROWS, ring.word(DROPPED_ROWS) + count)
+            self._warn_once()
             return False
         done = 0
         while done < count:  # once, but for a step larger than the ring
@@ -132,7 +138,10 @@ class RingSink:
         if self._block:
             self._wait_for(lambda: self._ring.send(message))
             return True
-        return self._ring.send(message)
+        sent = self._ring.send(message)
+        if not sent and message["op"] == "begin":
+            self._ring.set_word(DROPPED_REQUESTS, self._ring.word(DROPPED_REQUESTS) + 1)
+        return sent
 
     def sync(self) -> None:
         """Wait until every request finished so far is on disk; TracerError if that fails."""
@@ -148,6 +157,14 @@ class RingSink:
         self._ring.close()
         if state != FINISHED:
             raise TracerError(f"the trace writer failed: {failure or 'it was killed'}")
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            self._warned = True
+            gone = (
+                "" if self._process.poll() is None else ": its writer is gone, restart the engine"
+            )
+            logger.error("the trace store can't keep up, rows are dropped and counted%s", gone)
 
     def _wait_for(self, ready: Any) -> None:
         checked = time.monotonic()

@@ -42,6 +42,7 @@ class WriterCounters:
     requests: int = 0
     incomplete_requests: int = 0
     dropped_rows: int = 0
+    dropped_requests: int = 0
     bytes: int = 0
 
 
@@ -133,10 +134,11 @@ class StoreWriter:
         self._lock_file.unlink(missing_ok=True)
         self._lock.close()
 
-    def save_dropped(self, rows: int) -> None:
-        """Set the number of rows that never reached this writer."""
-        if rows != self.counters.dropped_rows:
-            self.counters.dropped_rows = rows
+    def save_dropped(self, rows: int, requests: int) -> None:
+        """Set the numbers of rows and of whole requests that never reached this writer."""
+        counters = self.counters
+        if (rows, requests) != (counters.dropped_rows, counters.dropped_requests):
+            counters.dropped_rows, counters.dropped_requests = rows, requests
             self._save_counters()
 
     def __enter__(self) -> Self:

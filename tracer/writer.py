@@ -22,7 +22,8 @@ from moescope.tracer.assemble import Assembler, Traced
 from moescope.tracer.format import ModelFacts
 from moescope.tracer.ring import (
     CLOSED,
-    DROPPED,
+    DROPPED_REQUESTS,
+    DROPPED_ROWS,
     FINISHED,
     HEAD,
     RUNNING,
@@ -35,7 +36,8 @@ from moescope.tracer.ring import (
 from moescope.tracer.settings import Settings
 from moescope.tracer.store import StoreWriter
 
-_IDLE_SLEEP_S, _BUSY_SLEEP_S = 0.01, 0.001
+# Waking up costs the engine a moment of its cores; the ring has room for many steps.
+_IDLE_SLEEP_S, _BUSY_SLEEP_S = 0.02, 0.01
 # Taken at a time, so that files keep their size when the ring is full.
 _BITE_ROWS = 8192
 
@@ -112,7 +114,7 @@ class Writer:
         tables = self.assembler.take()
         if tables is not None:
             self.store.commit(*tables)
-        self.store.save_dropped(self.ring.word(DROPPED))
+        self.store.save_dropped(self.ring.word(DROPPED_ROWS), self.ring.word(DROPPED_REQUESTS))
 
     def _due(self) -> bool:
         if not self.assembler.num_finished:

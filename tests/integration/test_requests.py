@@ -7,7 +7,7 @@ from engines import as_prompts, open_engine, traced_rows
 
 from moescope.analysis import open_store
 from moescope.tracer import TraceRequest, trace
-from moescope.tracer.errors import InputError, StoreError
+from moescope.tracer.errors import InputError, StoreError, TracerError
 from moescope.tracer.session import settle
 from moescope.tracer.store import StoreWriter, read_manifest
 
@@ -145,6 +145,19 @@ def test_rows_are_on_disk_while_the_block_goes_on(llm, prompts, tmp_path):
         assert len(traced_rows(tmp_path)) == 3
         llm.generate(as_prompts(prompts[3:5]), sampling(), use_tqdm=False)
     assert len(traced_rows(tmp_path)) == 5
+
+
+def test_leaving_the_block_before_a_traced_request_ends_is_an_error(llm, prompts, tmp_path):
+    def leave_early():
+        with trace(llm, store=tmp_path):
+            llm.enqueue(as_prompts(prompts[:1]), sampling(), use_tqdm=False)
+            llm.llm_engine.step()
+
+    with pytest.raises(TracerError, match="1 traced requests had not finished"):
+        leave_early()
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    assert requests_of(tmp_path) == []
 
 
 def test_the_null_sink_writes_nothing(llm, prompts, tmp_path):

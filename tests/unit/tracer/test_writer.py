@@ -110,6 +110,19 @@ def test_drop_counts_what_it_loses_and_never_waits(tmp_path, facts, make_rows, m
     assert (counters.dropped_rows, counters.incomplete_requests) == (20, 1)
 
 
+def test_a_request_that_can_not_even_begin_is_counted(tmp_path, facts):
+    sink = RingSink(tmp_path, facts, Settings(policy="drop"))
+    os.kill(sink._process.pid, signal.SIGSTOP)
+    begun = 0
+    while begin(sink, begun + 1):
+        begun += 1
+    os.kill(sink._process.pid, signal.SIGCONT)
+    sink.close()
+    [counters] = read_writers(tmp_path)
+    assert begun > 1000
+    assert counters.dropped_requests == 1
+
+
 def test_a_dead_writer_stops_a_blocking_engine_with_a_reason(tmp_path, facts):
     sink = RingSink(tmp_path, facts, Settings())
     sink._process.kill()
