@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -33,12 +34,16 @@ console = Console()
 
 
 def bench_engine(rounds: int) -> None:
-    """Throughput of the demo model: plain vLLM, idle, recording only, and traced to disk."""
+    """Throughput of the demo model: plain, idle, recorded, traced to disk, and under masks.
+
+    The masks have entries that change nothing, so that the experts stay the same: removing experts
+    would make the model faster.
+    """
     from engines import as_prompts, open_engine
     from vllm import SamplingParams
 
     from moescope.clients.specimen import make_specimen
-    from moescope.tracer import trace
+    from moescope.tracer import Mask, TraceRequest, masks, steer, trace
     from moescope.tracer.vllm_seam import find_runners
 
     rng = np.random.default_rng(0)
@@ -51,11 +56,16 @@ def bench_engine(rounds: int) -> None:
     with open_engine(folder / "deepseek_v2", max_num_seqs=64) as llm:
         [runners] = llm.apply_model(find_runners)
         wrapped = {runner.router: runner.router._compute_routing for runner in runners}
+        entries = [
+            {"layer": runner.layer_id, "expert": 0, "action": "bias", "value": 0.0}
+            for runner in runners
+        ]
+        zeros = [Mask.model_validate({"name": f"m{i}", "entries": entries}) for i in range(8)]
 
         def run(arm: str, prompts: list[dict[str, list[int]]], max_tokens: int) -> float:
             for router, compute in wrapped.items():
                 router._compute_routing = compute.__wrapped__ if arm == "plain" else compute
-            params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+            params: Any = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
             params.detokenize = False
 
             def timed() -> float:
@@ -63,6 +73,17 @@ def bench_engine(rounds: int) -> None:
                 llm.generate(prompts, params, use_tqdm=False)
                 return time.perf_counter() - start
 
+            if arm == "global mask":
+                with steer(llm, zeros[0]):
+                    return timed()
+            if arm == "8 masks":
+                wishes = [TraceRequest(trace=False, mask=f"m{i % 8}") for i in range(len(prompts))]
+                given = [params.clone() for _ in prompts]
+                for one, wish in zip(given, wishes, strict=True):
+                    one.extra_args = wish.extra_args()
+                params = given
+                with masks(llm, *zeros):
+                    return timed()
             if arm in ("plain", "idle"):
                 return timed()
             with trace(llm, store=None if arm == "null sink" else folder / "traces"):
@@ -71,11 +92,11 @@ def bench_engine(rounds: int) -> None:
         table = Table("workload", "arm", "tokens/s", "ratio to plain: median", "min", "max")
         for name, (prompts, max_tokens) in workloads.items():
             tokens = sum(len(p["prompt_token_ids"]) + max_tokens - 1 for p in prompts)
-            arms = ["plain", "idle", "null sink", "traced"]
+            arms = ["plain", "idle", "null sink", "traced", "global mask", "8 masks"]
             times: dict[str, list[float]] = {arm: [] for arm in arms}
             for index in range(rounds + 1):
                 # The order turns, so that no arm always follows the same other one.
-                for arm in arms[index % 4 :] + arms[: index % 4]:
+                for arm in arms[index % 6 :] + arms[: index % 6]:
                     seconds = run(arm, prompts, max_tokens)
                     if index:  # the first round warms up
                         times[arm].append(seconds)

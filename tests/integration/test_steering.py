@@ -82,8 +82,12 @@ def test_a_trace_under_masks_shows_no_violation(specimen, prompts, tmp_path, arc
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_num_batched_tokens": 16, "max_num_seqs": 16, "enable_chunked_prefill": True}],
-    ids=["one batch", "chunked"],
+    [
+        {},
+        {"max_num_batched_tokens": 16, "max_num_seqs": 16, "enable_chunked_prefill": True},
+        {"num_gpu_blocks_override": 17, "block_size": 32, "max_num_seqs": 16},
+    ],
+    ids=["one batch", "chunked", "preempted"],
 )
 def test_masks_in_one_batch_are_each_as_alone(specimen, prompts, tmp_path, options):
     rng = np.random.default_rng(2)
