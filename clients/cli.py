@@ -12,6 +12,7 @@ from rich.markup import escape
 from moescope.clients.cli_analysis import import_app, register_analysis, store_app
 from moescope.clients.cli_data import data_app, specimen_app
 from moescope.clients.cli_mask import mask_app
+from moescope.clients.cli_serve import register_serve
 from moescope.clients.cli_trace import register_trace
 from moescope.tracer.errors import MoescopeError
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+register_serve(app)
 register_trace(app)
 register_analysis(app)
 app.add_typer(store_app, name="store")

@@ -1,13 +1,13 @@
 """The audit log: one line a change, from which the registry's state can be computed again.
 
-    {"when": "2026-05-04T12:00:00.123456+00:00", "who": "key:9f86d081", "what": "put",
-     "name": "calm", "before": "calm@1", "after": "calm@2"}
+{"when": "2026-05-04T12:00:00.123456+00:00", "who": "key:9f86d081", "what": "put",
+ "name": "calm", "before": "calm@1", "after": "calm@2"}
 
-    what       before            after             meaning
-    put        key or null       key               a version was added to a name
-    delete     key               null              a name was deleted, with all its versions
-    steering   key or null       key or null       the global mask was changed
-    recover    state             state             the files were found to differ from this log
+what       before            after             meaning
+put        key or null       key               a version was added to a name
+delete     key               null              a name was deleted, with all its versions
+steering   key or null       key or null       the global mask was changed
+recover    state             state             the files were found to differ from this log
 """
 
 import json

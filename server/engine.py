@@ -55,7 +55,9 @@ class VllmEngine:
         # that runs across the change computes under both. So every change gets a salt of its own.
         salt_of_global_mask(self._client, CHANGING)
         try:
-            await self._call("set_global", key, None if mask is None else mask.model_dump(mode="json"))
+            await self._call(
+                "set_global", key, None if mask is None else mask.model_dump(mode="json")
+            )
         finally:
             salt_of_global_mask(self._client, f"global {key} {uuid4()}")
 

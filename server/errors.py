@@ -1,7 +1,7 @@
 """Errors as HTTP answers, in the shape that vLLM's own errors have.
 
-    {"error": {"message": "there is no mask calm", "type": "NotFoundError", "param": null,
-               "code": 404}}
+{"error": {"message": "there is no mask calm", "type": "NotFoundError", "param": null,
+           "code": 404}}
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,12 +64,16 @@ _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(RETRY_
 def refusal(error: MoescopeError) -> JSONResponse:
     """The answer to a request that failed with `error`."""
     _, code, name = next(kind for kind in _KINDS if isinstance(error, kind[0]))
-    body = Refusal(error=Problem(message=str(error), type=name, code=code))
+    # Messages quote what was sent, and JSON can hold halves of characters that no answer can.
+    message = str(error).encode("utf-8", "replace").decode("utf-8")
+    body = Refusal(error=Problem(message=message, type=name, code=code))
     return JSONResponse(body.model_dump(), code, headers=_HEADERS.get(code))
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> InputError:
     """One error of ours for what FastAPI found wrong with a request."""
+    if errors[0]["type"] == "json_invalid":
+        return InputError(f"the body is no JSON: {errors[0]['ctx']['error']}")
     problems = [f"{_place(item['loc'])}: {item['msg']}" for item in errors[:_MAX_PROBLEMS]]
     if len(errors) > _MAX_PROBLEMS:
         problems.append(f"and {len(errors) - _MAX_PROBLEMS} more")

@@ -25,11 +25,15 @@ _TRACED = (RUN, "moescope_example_id", "moescope_condition", "moescope_spans")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Wishes:
-    """What a request says; None where it says nothing. `traced`: a word in the body implies it."""
+    """What a request says; None where it says nothing.
 
-    mask: str | None
+    `masks`: the names given, in the header and in the body. `traced`: a word in the body or the
+    header of a run implies tracing.
+    """
+
+    masks: tuple[str, ...]
     trace: bool | None
     run: str | None
     traced: bool
@@ -82,31 +86,33 @@ def read_body(body: bytes, said: dict[str, str]) -> dict[str, Any] | None:
 
 
 def read_wishes(data: dict[str, Any], said: dict[str, str]) -> Wishes:
-    """The wishes of both places; InputError where they contradict each other."""
+    """The wishes of both places; InputError where they contradict each other.
+
+    Two names of one mask ("calm" and "calm@2") can be told to be the same only by who knows it.
+    """
     xargs: dict[str, Any] = data.get(XARGS) or {}
-    # Two names of one mask ("calm" and "calm@2") are compared when both are known: see `same`.
     for header, name in _TWINS.items():
         if name != MASK and name in said and xargs.get(name, said[name]) != said[name]:
             raise InputError(
                 f"{header} says {said[name]!r}, and {XARGS}.{name} says {xargs[name]!r}: say it "
                 "once, or the same"
             )
-    mask = said.get(MASK, xargs.get(MASK))
-    if mask is not None and not isinstance(mask, str):
+    masks = [place[MASK] for place in (said, xargs) if place.get(MASK) is not None]
+    if not all(isinstance(mask, str) for mask in masks):
         raise InputError(f"{XARGS}.{MASK} must be a text, NAME or NAME@VERSION or none")
-    trace = said.get(TRACE, xargs.get(TRACE))
-    run = said.get(RUN, xargs.get(RUN))
+    trace, run = said.get(TRACE, xargs.get(TRACE)), said.get(RUN, xargs.get(RUN))
+    switch: dict[Any, bool] = {"on": True, "off": False, True: True, False: False}
     return Wishes(
-        mask=mask,
-        # Another word than on and off is left for the tracer to refuse.
-        trace={"on": True, "off": False}.get(trace) if isinstance(trace, str) else None,
+        masks=tuple(masks),
+        # What is none of these is left for the tracer to refuse, and so is a run that is no text.
+        trace=switch.get(trace) if isinstance(trace, str | int | float) else None,
         run=run if isinstance(run, str) else None,
         traced=RUN in said or any(name in xargs for name in _TRACED),
     )
 
 
-def trace_of(wishes: Wishes, started: str | None, default: bool) -> tuple[bool, str | None]:
-    """Whether the request is traced, and into which run.
+def trace_of(wishes: Wishes, started: str | None, *, default: bool) -> str | None:
+    """The run that the request is traced into; None if it is not traced.
 
     `started`: the run that takes requests which name none. `default`: whether requests that say
     nothing are traced anyway.
@@ -114,21 +120,16 @@ def trace_of(wishes: Wishes, started: str | None, default: bool) -> tuple[bool, 
     traced = wishes.trace
     if traced is None:
         traced = wishes.traced or started is not None or default
-    if not traced:
-        return False, None
-    return True, wishes.run or started or DEFAULT_RUN
+    return (wishes.run or started or DEFAULT_RUN) if traced else None
 
 
 def write_wishes(
-    data: dict[str, Any], mask: str | None, traced: bool, run: str | None
+    data: dict[str, Any], said: dict[str, str], mask: str | None, run: str | None
 ) -> dict[str, Any]:
-    """The body with the wishes in it, resolved."""
-    xargs = dict(data.get(XARGS) or {})
+    """The body with the wishes in it: the mask's key, and the run if there is one."""
+    xargs = (data.get(XARGS) or {}) | said
     if mask is not None:
         xargs[MASK] = mask
-    if traced:
-        xargs.setdefault(TRACE, "on")
-        xargs[RUN] = run
-    elif TRACE in xargs or RUN in xargs:
-        xargs[TRACE] = "off"
-    return data | {XARGS: xargs}
+    if run is not None:
+        xargs = {TRACE: "on", RUN: run} | xargs
+    return data | {XARGS: xargs} if xargs else data

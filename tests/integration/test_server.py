@@ -1,11 +1,6 @@
 """`moescope serve` as people start it: a real vLLM server on the CPU, and the openai client."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,8 +10,8 @@ import numpy as np
 import openai
 import pytest
 import schemathesis
-from engines import traced_rows
 from hypothesis import HealthCheck, Phase, given, settings
+from servers import PROMPT, Server
 
 from moescope.clients.generate import generate
 from moescope.server.audit import replay
@@ -27,103 +22,6 @@ pytestmark = pytest.mark.engine
 
 ADMIN, INFERENCE = "admin-key-of-the-test", "inference-key"
 SLOTS = 2
-PROMPT = [11, 12, 13, 14]
-
-
-class Server:
-    """A `moescope serve` process."""
-
-    def __init__(self, folder, model, *options, key=None, api_key=None, host="127.0.0.1", name="1"):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.store, self.masks = folder / "traces", folder / "masks"
-        self.log = folder / f"server-{name}.log"
-        command = [sys.executable, "-m", "moescope.clients.cli", "serve", str(model)]
-        command += ["--masks", str(self.masks), "--store", str(self.store)]
-        command += ["--slots", str(SLOTS), "--host", host, "--port", str(self.port)]
-        if api_key is not None:
-            command += ["--api-key", api_key]
-        command += ["--", "--served-model-name", "specimen", "--dtype", "float32"]
-        command += ["--enforce-eager", "--max-model-len", "512", *options]
-        environment = os.environ | {
-            "MOESCOPE_FLUSH_SECONDS": "0.1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "VLLM_LOGGING_LEVEL": "INFO",
-        }
-        if key is not None:
-            environment["MOESCOPE_ADMIN_KEY"] = key
-        with self.log.open("w") as output:
-            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        self.admin = httpx.Client(base_url=self.url, timeout=60)
-        if key is not None:
-            self.admin.headers["Authorization"] = f"Bearer {key}"
-        self.openai = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=0
-        )
-
-    def wait(self):
-        deadline = time.monotonic() + 180
-        while True:
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                time.sleep(0.1)
-
-    def listens(self):
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    def put(self, name, *experts, **fields):
-        """Deactivate experts in every layer."""
-        entries = [
-            {"layer": layer, "expert": e, "action": "deactivate"}
-            for layer in fields.pop("layers", range(4))
-            for e in experts
-        ]
-        mask = {"name": name, "entries": entries} | fields
-        return self.admin.put(f"/v1/masks/{name}", json=mask)
-
-    def complete(self, mask=None, example=None, **fields):
-        """(headers, text) of one completion."""
-        headers = {} if mask is None else {"X-Steering-Mask": mask}
-        if example is not None:
-            headers["X-Trace-Run"] = fields.pop("run", "run")
-            fields["extra_body"] = {
-                "ignore_eos": True,
-                "vllm_xargs": {"moescope_example_id": example},
-            }
-        given = {"model": "specimen", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
-        raw = self.openai.completions.with_raw_response.create(
-            **given | fields, extra_headers=headers
-        )
-        return raw.headers, raw.parse()
-
-    def rows(self, examples, run="run"):
-        """The experts of these examples' rows, when they are all on disk: {example: [n, L, k]}."""
-        deadline = time.monotonic() + 30
-        while True:
-            if list(self.store.glob("requests/[!.]*")):
-                rows = traced_rows(self.store, run)
-                if rows.keys() >= set(examples):
-                    return {example: rows[example][1] for example in examples}
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
-    def slots_in_use(self):
-        return self.admin.get("/v1/moe").json()["slots"]["in_use"]
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(timeout=60)
-        finally:
-            self.process.kill()
-        self.admin.close()
 
 
 @pytest.fixture(scope="module")

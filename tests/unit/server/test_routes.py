@@ -75,8 +75,8 @@ def test_what_is_wrong_with_a_mask_is_named(client):
     assert "no JSON" in broken.json()["error"]["message"]
     plain = client.put("/v1/masks/calm", content="x", headers={"Content-Type": "text/plain"})
     assert "Content-Type" in plain.json()["error"]["message"]
-    surrogate = b'{"name": "\\ud800", "entries": []}'
-    assert code(client.put("/v1/masks/calm", content=surrogate, headers=json_type)) == 422
+    for halves in (b'{"name": "\\ud800", "entries": []}', b'{"name": "calm", "\\ud800": []}'):
+        assert code(client.put("/v1/masks/calm", content=halves, headers=json_type)) == 422
     assert code(client.get("/v1/masks/calm", params={"version": 0})) == 422
     assert client.get("/v1/masks").json() == {"data": []}
 

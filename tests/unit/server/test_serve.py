@@ -19,6 +19,7 @@ def test_nothing_has_to_be_set_by_hand(tmp_path):
     assert environment["MOESCOPE_STORE"] == str(tmp_path)
     assert environment["MOESCOPE_SLOTS"] == "3"
     assert environment["MOESCOPE_STEER"] == "on"
+    assert environment["MOESCOPE_POLICY"] == "drop"
     # The engine's processes have no business with the key.
     assert "s3cret" not in environment.values()
     # Those that vLLM would load unasked are still loaded.
@@ -28,9 +29,10 @@ def test_nothing_has_to_be_set_by_hand(tmp_path):
 
 
 def test_plugins_that_the_user_named_stay():
-    environment = {"VLLM_PLUGINS": "mine,other", "MOESCOPE_STEER": "auto"}
+    mine = {"MOESCOPE_STEER": "auto", "MOESCOPE_POLICY": "block"}
+    environment = {"VLLM_PLUGINS": "mine,other"} | mine
     prepare_environment(environment, store=None, slots=None)
-    assert environment == {"VLLM_PLUGINS": "mine,other,moescope", "MOESCOPE_STEER": "auto"}
+    assert environment == {"VLLM_PLUGINS": "mine,other,moescope"} | mine
     prepare_environment(environment, store=None, slots=None)
     assert environment["VLLM_PLUGINS"] == "mine,other,moescope"
     environment = {"VLLM_PLUGINS": ""}

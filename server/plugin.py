@@ -1,0 +1,107 @@
+"""The entry point `vllm.endpoint_plugins`: puts the control plane into vLLM's own server.
+
+build_app       attach_router   our routes, and our middleware inside vLLM's own (CORS, API key)
+init_app_state  init_state      the engine runs, nothing listens yet: what fails here ends the
+                                server before anyone can reach it
+"""
+
+import logging
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+
+from moescope.server.auth import Gate, check_exposure
+from moescope.server.engine import VllmEngine
+from moescope.server.middleware import SteeringMiddleware
+from moescope.server.plane import Plane
+from moescope.server.registry import Registry
+from moescope.server.routes import router
+from moescope.server.settings import server_settings
+from moescope.tracer.errors import InputError, TracerError
+from moescope.tracer.mask import make_mask
+from moescope.tracer.settings import load_settings
+
+logger = logging.getLogger("moescope")
+
+
+class ControlPlane:
+    """vLLM's protocol of an endpoint plugin. Without a folder of masks it does nothing."""
+
+    name = "moescope"
+    required_tasks = None  # always there, so that a model without routing is refused, not passed
+
+    def __init__(self) -> None:
+        self._settings = server_settings()
+
+    @property
+    def _key(self) -> str | None:
+        key = self._settings.admin_key
+        return None if key is None else key.get_secret_value()
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes and the middleware."""
+        if self._settings.masks is None:
+            return
+        args = app.state.args
+        check_arguments(args, self._key)
+        api_keys = [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
+        if api_keys and self._key is not None:
+            # vLLM asks for an API key on every path under /v1: the admin key must pass there too.
+            args.api_key = [*api_keys, self._key]
+        app.include_router(router)
+        app.add_middleware(SteeringMiddleware)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:  # noqa: ARG002
+        """Check that the engine can be steered and traced, and restore what was in force."""
+        if self._settings.masks is None:
+            return
+        if engine_client is None:
+            raise InputError("a server without an engine can't be steered")
+        state.moescope = await open_plane(
+            VllmEngine(engine_client), self._settings.masks, self._key
+        )
+        logger.info("the control plane is ready, with masks in %s", self._settings.masks)
+
+
+def check_arguments(args: Namespace, admin_key: str | None) -> None:
+    """Refuse vLLM options under which the control plane would be open, or know only a part."""
+    check_exposure(args.host, args.uds, admin_key)
+    if (args.api_server_count or 1) > 1:
+        raise InputError(
+            f"--api-server-count {args.api_server_count}: the masks' slots are kept by one API "
+            "server process; leave the option out"
+        )
+    for option in ("headless", "grpc"):
+        if getattr(args, option, False):
+            raise InputError(
+                f"--{option} starts no HTTP server that could be steered: leave it out"
+            )
+
+
+async def open_plane(engine: VllmEngine, masks: Path, admin_key: str | None) -> Plane:
+    """The control plane of an engine that has just started; MoescopeError if it can't be."""
+    settings = load_settings()
+    status = await engine.status()
+    if settings.store is not None:
+        if not status["attached"]:
+            raise TracerError(
+                f"the engine did not attach the trace store {settings.store}: its log says why"
+            )
+        await engine.prove()
+    plane = Plane(
+        engine,
+        status,
+        Registry(masks),
+        Gate(admin_key),
+        store=settings.store,
+        traces_by_default=settings.trace == "on",
+    )
+    # A mask without entries fits every model that can be steered at all.
+    plane.check(make_mask(name="probe", entries=[]))
+    engine.publish({})
+    await plane.restore()
+    return plane
