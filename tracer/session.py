@@ -1,5 +1,6 @@
 """Trace and steer a `vllm.LLM` that the user made: `with trace(llm, ...), steer(llm, mask):`."""
 
+import hashlib
 import time
 import uuid
 from collections.abc import Iterator
@@ -108,6 +109,8 @@ def masks(llm: Any, *given: Mask) -> Iterator[None]:
     from moescope.tracer.worker import call_workers
 
     slots = {mask.name: slot for slot, mask in enumerate(given, 1)}
+    # Another block may have another mask under the same name, and must not read its KV.
+    salts = {mask.name: f"{mask.name} {_digest(mask)}" for mask in given}
     if len(slots) < len(given):
         raise InputError(f"two of the masks {[mask.name for mask in given]} have one name")
     num_slots = call_workers(llm, "status")[0].get("num_slots", len(given))
@@ -120,12 +123,16 @@ def masks(llm: Any, *given: Mask) -> Iterator[None]:
         for mask in given:
             fields = mask.model_dump(mode="json", exclude_none=True)
             call_workers(llm, "load_mask", slots[mask.name], mask.name, fields)
-        set_loaded_masks(llm, slots)
+        set_loaded_masks(llm, slots, salts)
         yield
     finally:
         set_loaded_masks(llm, {})
         settle(llm)
         call_workers(llm, "unload_masks")
+
+
+def _digest(mask: Mask) -> str:
+    return hashlib.sha256(mask.model_dump_json().encode()).hexdigest()[:16]
 
 
 def _prove(llm: Any) -> None:

@@ -131,12 +131,16 @@ def set_default_request(llm: Any, default: TraceRequest | None) -> None:
     llm.llm_engine.input_processor.moescope_default = default
 
 
-def set_loaded_masks(engine: Any, slots: dict[str, int]) -> None:
+def set_loaded_masks(
+    engine: Any, slots: dict[str, int], salts: dict[str, str] | None = None
+) -> None:
     """Which masks requests of this engine (`LLM`, or a server's client) may name, and their slots.
 
-    "none" is always there.
+    "none" is always there. `salts` are what the prefix cache is keyed by, if the keys themselves do
+    not say which mask it is for all time.
     """
     _processor(engine).moescope_masks = slots
+    _processor(engine).moescope_mask_salts = salts or {}
 
 
 def salt_of_global_mask(engine: Any, salt: str | None) -> None:
@@ -184,8 +188,10 @@ def _resolve(processor: Any, request: Any) -> None:
     if wishes.trace or slot is not None:
         extra_args[RESOLVED] = wishes.model_dump() | {"slot": slot}
     params.extra_args = extra_args or None
-    salt = wishes.mask or getattr(processor, "moescope_salt", None)
-    if salt == CHANGING:
+    salt = getattr(processor, "moescope_salt", None)
+    if wishes.mask is not None:
+        salt = getattr(processor, "moescope_mask_salts", {}).get(wishes.mask, wishes.mask)
+    elif salt == CHANGING:
         salt = f"{CHANGING} {uuid.uuid4()}"
     if salt is not None:
         request.cache_salt = f"{request.cache_salt or ''}|moescope:{salt}"

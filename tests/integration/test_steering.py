@@ -59,11 +59,21 @@ def sampling(**wishes):
 
 
 @pytest.mark.parametrize(
-    "arch", ["qwen3_moe", "mixtral", "deepseek_v2_group", "deepseek_v3", "glm4_moe", "olmoe"]
+    ("arch", "compiled"),
+    [
+        ("qwen3_moe", False),
+        ("qwen3_moe", True),
+        ("mixtral", False),
+        ("olmoe", False),
+        ("deepseek_v2", False),
+        ("deepseek_v2_group", False),
+        ("deepseek_v3", False),
+        ("glm4_moe", False),
+    ],
 )
-def test_a_trace_under_masks_shows_no_violation(specimen, prompts, tmp_path, arch):
+def test_a_trace_under_masks_shows_no_violation(specimen, prompts, tmp_path, arch, compiled):
     rng = np.random.default_rng(1)
-    with open_engine(specimen(arch)) as llm:
+    with open_engine(specimen(arch), enforce_eager=not compiled) as llm:
         with trace(llm, store=tmp_path):
             pass
         shape = read_manifest(tmp_path).shape
@@ -111,12 +121,11 @@ def test_masks_in_one_batch_are_each_as_alone(specimen, prompts, tmp_path, optio
                 [outputs[one.extra_args["moescope_example_id"]]] = llm.generate(
                     as_prompts([prompt]), one, use_tqdm=False
                 )
-    with (
-        open_engine(model, **options) as llm,
-        trace(llm, store=tmp_path / "batch"),
-        masks(llm, *given),
-    ):
-        together = llm.generate(as_prompts(some), params, use_tqdm=False)
+    with open_engine(model, disable_log_stats=False, **options) as llm:
+        with trace(llm, store=tmp_path / "batch"), masks(llm, *given):
+            together = llm.generate(as_prompts(some), params, use_tqdm=False)
+        preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+        assert (preemptions > 0) == ("num_gpu_blocks_override" in options)
     for i, output in enumerate(together):
         assert output.outputs[0].token_ids == outputs[f"{i}"].outputs[0].token_ids
     alone, batch = traced_rows(tmp_path / "alone"), traced_rows(tmp_path / "batch")
@@ -186,6 +195,18 @@ def test_the_prefix_cache_does_not_leak_across_masks(cached, two_masks, prompts)
     assert got[0] == got[3]
     assert got[1] == got[4] == got[5]
     assert got[0] != got[2] != got[1]
+
+
+def test_another_mask_of_the_same_name_does_not_read_its_cache(cached, two_masks, prompts):
+    a, b = two_masks
+    prompt = as_prompts([prompts[4] + prompts[62]])
+    got = []
+    for mask in (a, b.model_copy(update={"name": "A"}), a):
+        with masks(cached, mask):
+            [output] = cached.generate(prompt, sampling(trace=False, mask="A"), use_tqdm=False)
+        got.append((output.outputs[0].token_ids, output.num_cached_tokens > 0))
+    assert [hit for _, hit in got] == [False, False, True]
+    assert got[0][0] == got[2][0] != got[1][0]
 
 
 def test_a_global_mask_is_in_force_in_its_block_and_own_ones_replace_it(
