@@ -21,7 +21,8 @@ from moescope.tracer.errors import UnsupportedModelError
 from moescope.tracer.format import ModelFacts
 from moescope.tracer.request import TraceRequest
 from moescope.tracer.ring import Rows
-from moescope.tracer.sink import NullSink, Sink
+from moescope.tracer.side_stream import SideStream
+from moescope.tracer.sink import NullSink, RingSink, Sink
 
 _NEVER = -1.0  # in the weights buffer before the first step: no gate weight is negative
 
@@ -44,6 +45,12 @@ class Recorder:
         self.facts = facts
         self.experts = torch.zeros(size, dtype=ids, device=device)
         self.weights = torch.zeros(size, dtype=torch.float16, device=device)
+        self._store = self._record_on_cpu
+        if device.type == "cuda":
+            from moescope.tracer.kernels import record
+
+            self._store = record
+        self._side: SideStream | None = None
         self.sink: Sink | None = None
         self.num_requests = 0
         self.silent_layers: list[int] | None = None  # those not seen to record; None: not known
@@ -61,10 +68,25 @@ class Recorder:
 
         `weights` and `ids` are [tokens, k]; they are kept in descending order of weight.
         """
-        tokens = ids.shape[0]
+        tokens = min(ids.shape[0], len(self.experts))
+        self._store(
+            weights[:tokens],
+            ids[:tokens],
+            self.weights[:tokens, layer],
+            self.experts[:tokens, layer],
+        )
+
+    @staticmethod
+    def _record_on_cpu(
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        out_weights: torch.Tensor,
+        out_experts: torch.Tensor,
+    ) -> None:
+        """The twin of kernels.py."""
         ordered, order = torch.sort(weights, dim=-1, descending=True, stable=True)
-        self.weights[:tokens, layer].copy_(ordered)
-        self.experts[:tokens, layer].copy_(torch.gather(ids, 1, order))
+        out_weights.copy_(ordered)
+        out_experts.copy_(torch.gather(ids, 1, order))
 
     def begin(self, request_id: str, wishes: TraceRequest, prompt_tokens: int, **more: Any) -> None:
         """A traced request is scheduled for the first time; again after preemption: no effect."""
@@ -130,28 +152,43 @@ class Recorder:
             return
         numbers = np.array([live[r].number if r in live else 0 for r in request_ids], np.uint32)
         owner = np.repeat(numbers, counts)
-        total = len(owner)
         places = None if numbers.all() else np.flatnonzero(owner)
         if places is not None and not len(places):
             return
-        routes = self.facts.shape.num_routes
-        rows = Rows(
-            owner,
-            _to_host(positions[:total]).astype(np.int32, copy=False),
-            _to_host(tokens[:total]).astype(np.int32, copy=False),
-            _to_host(self.experts[:total]).reshape(total, routes),
-            _to_host(self.weights[:total]).reshape(total, routes),
-        )
-        if not self.sink.write(rows, places):
+        columns = [positions, tokens, self.experts.flatten(1), self.weights.flatten(1)]
+        if not self._hand_over(self.sink, owner, columns, places):
             for request_id, count in zip(request_ids, counts, strict=True):
                 if request_id in live:
                     live[request_id].lost_rows += int(count)
+
+    def _hand_over(
+        self,
+        sink: Sink,
+        owner: NDArray[np.uint32],
+        columns: list[torch.Tensor],
+        places: NDArray[np.intp] | None,
+    ) -> bool:
+        total = len(owner)
+        if self._side is None or not isinstance(sink, RingSink):
+            if isinstance(sink, NullSink):
+                return True
+            host = [_to_host(column[:total]) for column in columns]
+            position, token = (column.astype(np.int32, copy=False) for column in host[:2])
+            return sink.write(Rows(owner, position, token, *host[2:]), places)
+        count = total if places is None else len(places)
+        parts = sink.reserve(count)
+        if parts is None:
+            return False
+        sink.publish(count, self._side.copy(owner, columns, places, parts))
+        return True
 
     def attach(self, sink: Sink) -> None:
         """Send rows to `sink` from now on; requests that run already are not traced."""
         self.weights.fill_(_NEVER)
         self.silent_layers = None
         self.sink = sink
+        if self.experts.device.type == "cuda" and isinstance(sink, RingSink):
+            self._side = SideStream(sink.ring, len(self.experts), self.experts.device)
         if self._global_mask is not None:
             self.mask_changes(self._global_mask)
 
@@ -176,7 +213,11 @@ class Recorder:
     def detach(self) -> None:
         """Close the sink; requests that are not finished by now are given up."""
         sink, self.sink = self.sink, None
+        side, self._side = self._side, None
         self._live, self._unsent = {}, []
+        if side is not None and isinstance(sink, RingSink):
+            sink.poll(wait=True)
+            side.close()
         if sink is not None:
             sink.close()
 
@@ -192,5 +233,5 @@ class Recorder:
 
 
 def _to_host(tensor: torch.Tensor) -> NDArray[Any]:
-    """The tensor as an array; waits for the device, which only a GPU makes costly."""
+    """The tensor as an array; waits for the device if that is not the CPU."""
     return tensor.numpy() if tensor.device.type == "cpu" else tensor.cpu().numpy()

@@ -17,7 +17,6 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -98,6 +97,8 @@ class Ring:
             at += column.nbytes + -column.nbytes % 64
         self._rows = Rows(*columns)
         self._messages = np.frombuffer(self._map, np.uint8, message_bytes, at)
+        # Rows handed out to be filled; the engine's own count, ahead of HEAD while copies run.
+        self.reserved = int(self.words[HEAD])
 
     @staticmethod
     def size(shape: MoeShape, capacity: int, message_bytes: int) -> int:
@@ -134,20 +135,38 @@ class Ring:
     # The engine's side.
 
     @property
-    def free(self) -> int:
-        """Rows that fit now."""
-        return self.capacity - int(self.words[HEAD]) + self.word(TAIL)
+    def address(self) -> int:
+        """Where the mapping begins in this process."""
+        return self.words.ctypes.data
 
-    def reserve(self, rows: int) -> Iterator[tuple[slice, Rows]]:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole mapping."""
+        return len(self._map)
+
+    @property
+    def columns(self) -> Rows:
+        """All of the ring's rows, for those who register the memory."""
+        return self._rows
+
+    @property
+    def free(self) -> int:
+        """Rows that can be reserved now."""
+        return self.capacity - self.reserved + self.word(TAIL)
+
+    def reserve(self, rows: int) -> list[tuple[slice, slice]]:
         """Where the next `rows` (<= free) go: one part, or two around the ring's end.
 
-        Yields (the part of the source, the ring's rows to fill); `publish` makes them visible.
+        Each is (the part of the source, the part of `columns` to fill). `publish` makes them
+        visible, in the order in which they were reserved.
         """
-        at = int(self.words[HEAD]) % self.capacity
+        at = self.reserved % self.capacity
+        self.reserved += rows
         first = min(rows, self.capacity - at)
-        yield slice(0, first), self._rows[at : at + first]
+        parts = [(slice(0, first), slice(at, at + first))]
         if first < rows:
-            yield slice(first, rows), self._rows[: rows - first]
+            parts.append((slice(first, rows), slice(0, rows - first)))
+        return parts
 
     def publish(self, rows: int) -> None:
         """Make the next `rows` rows visible to the writer."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,6 @@ from moescope.tracer.ring import (
     DROPPED_ROWS,
     FAILED,
     FINISHED,
-    HEAD,
     STARTING,
     STATE,
     SYNC_ASKED,
@@ -53,6 +53,16 @@ class Sink(Protocol):
         """Finish; every finished request is on disk afterwards."""
 
 
+class Arrival(Protocol):
+    """The end of a copy, such as a `torch.cuda.Event`."""
+
+    def query(self) -> bool:
+        """Whether it has happened."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+
+
 class NullSink:
     """Takes everything and keeps nothing: what tracing costs without the writing."""
 
@@ -74,10 +84,14 @@ class NullSink:
 class RingSink:
     """The engine's end of the ring, and the owner of the writer process."""
 
-    def __init__(self, store: Path, facts: ModelFacts, settings: Settings) -> None:
+    def __init__(
+        self, store: Path, facts: ModelFacts, settings: Settings, *, min_rows: int = 1
+    ) -> None:
+        """`min_rows`: the ring takes that many at least, whatever its size in the settings."""
+        self._arriving: deque[tuple[int, Arrival | None]] = deque()
         self._block = settings.policy == "block"
         self._warned = False
-        capacity = max((settings.ring_mib << 20) // facts.shape.row_bytes, 1)
+        capacity = max((settings.ring_mib << 20) // facts.shape.row_bytes, min_rows)
         message_bytes = 1 << 22
         self._ring = Ring.create(facts.shape, capacity, message_bytes)
         argument = {
@@ -109,32 +123,66 @@ class RingSink:
         """Rows that were let go since the start."""
         return self._ring.word(DROPPED_ROWS)
 
+    @property
+    def ring(self) -> Ring:
+        """The ring, for those who fill it by themselves (`reserve`, then `publish`)."""
+        return self._ring
+
     def write(self, rows: Rows, places: NDArray[np.intp] | None) -> bool:
         """Copy rows into the ring; waits or drops by the policy when it is full."""
-        ring, count = self._ring, len(rows) if places is None else len(places)
-        if not self._block and count > ring.free:
-            ring.set_word(DROPPED_ROWS, ring.word(DROPPED_ROWS) + count)
-            self._warn_once()
-            return False
+        count = len(rows) if places is None else len(places)
         done = 0
         while done < count:  # once, but for a step larger than the ring
-            part = min(count - done, ring.capacity)
-            self._wait_for(lambda: ring.free >= part)  # noqa: B023
-            for source, target in ring.reserve(part):
+            size = min(count - done, self._ring.capacity) if self._block else count
+            parts = self.reserve(size)
+            if parts is None:
+                return False
+            for source, target in parts:
                 chosen = slice(done + source.start, done + source.stop)
-                for mine, theirs in zip(target.columns(), rows.columns(), strict=True):
+                mines = self._ring.columns[target].columns()
+                for mine, theirs in zip(mines, rows.columns(), strict=True):
                     if places is None:
                         mine[:] = theirs[chosen]
                     else:
                         np.take(theirs, places[chosen], axis=0, out=mine, mode="clip")
-            ring.publish(part)
-            done += part
+            self.publish(size)
+            done += size
         return True
+
+    def reserve(self, count: int) -> list[tuple[slice, slice]] | None:
+        """Parts of the ring for rows to come (see `Ring.reserve`), by the policy.
+
+        Waits for room, or counts the rows as dropped and gives None.
+        """
+        self.poll()
+        ring = self._ring
+        if not self._block and count > ring.free:
+            ring.set_word(DROPPED_ROWS, ring.word(DROPPED_ROWS) + count)
+            self._warn_once()
+            return None
+        self._wait_for(lambda: ring.free >= count)
+        return ring.reserve(count)
+
+    def publish(self, count: int, arrival: Arrival | None = None) -> None:
+        """The writer may have the oldest reserved rows, once `arrival` has happened."""
+        self._arriving.append((count, arrival))
+        self.poll()
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Publish what has arrived; with `wait`, all of it."""
+        while self._arriving:
+            count, arrival = self._arriving[0]
+            if arrival is not None and wait:
+                arrival.synchronize()
+            elif arrival is not None and not arrival.query():
+                return
+            self._arriving.popleft()
+            self._ring.publish(count)
 
     def send(self, message: dict[str, Any]) -> bool:
         """Queue a message; waits or gives up by the policy when there is no room."""
         if message["op"] != "begin":
-            message["rows_before"] = int(self._ring.words[HEAD])
+            message["rows_before"] = self._ring.reserved
         if self._block:
             self._wait_for(lambda: self._ring.send(message))
             return True
@@ -145,12 +193,14 @@ class RingSink:
 
     def sync(self) -> None:
         """Wait until every request finished so far is on disk; TracerError if that fails."""
+        self.poll(wait=True)
         asked = self._ring.word(SYNC_ASKED) + 1
         self._ring.set_word(SYNC_ASKED, asked)
         self._wait_for(lambda: self._ring.word(SYNC_DONE) >= asked)
 
     def close(self) -> None:
         """End the writer; TracerError if it failed."""
+        self.poll(wait=True)
         self._ring.set_word(CLOSED, 1)
         self._process.wait()
         state, failure = self._ring.word(STATE), self._ring.failure
@@ -169,6 +219,7 @@ class RingSink:
     def _wait_for(self, ready: Any) -> None:
         checked = time.monotonic()
         while not ready():
+            self.poll()
             if time.monotonic() - checked > _ALIVE_EVERY_S:
                 self._check_alive()
                 checked = time.monotonic()

@@ -99,7 +99,8 @@ class WorkerTracer:
         if rank != 0 or store is None:
             recorder.attach(NullSink())
         else:
-            recorder.attach(RingSink(store, recorder.facts, settings))
+            rows = len(recorder.experts)
+            recorder.attach(RingSink(store, recorder.facts, settings, min_rows=rows))
 
 
 # Remote calls. An error of ours travels back as a value: vLLM would keep only its text.

@@ -55,6 +55,55 @@ def sampling(index, **wishes):
     )
 
 
+@pytest.mark.parametrize("k", [1, 2, 6, 8, 10])
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_the_kernel_stores_what_its_cpu_twin_stores(k, num_tokens, dtype):
+    from moescope.tracer.kernels import record
+    from moescope.tracer.recorder import Recorder
+
+    generator = torch.Generator().manual_seed(k * num_tokens)
+    # Rounded, so that there are ties.
+    weights = torch.rand(num_tokens, k, generator=generator).mul(20).round().div(20)
+    ids = torch.stack([torch.randperm(200, generator=generator)[:k] for _ in range(num_tokens)])
+    ids = ids.int()
+    buffers = {}
+    for device in ("cpu", "cuda"):
+        out_weights = torch.zeros(num_tokens, 3, k, dtype=torch.float16, device=device)
+        out_experts = torch.zeros(num_tokens, 3, k, dtype=dtype, device=device)
+        store = record if device == "cuda" else Recorder._record_on_cpu
+        store(weights.to(device), ids.to(device), out_weights[:, 1], out_experts[:, 1])
+        buffers[device] = out_weights.cpu(), out_experts.cpu()
+    for ours, twin in zip(buffers["cuda"], buffers["cpu"], strict=True):
+        assert torch.equal(
+            ours.int() if dtype == ours.dtype else ours, twin.int() if dtype == twin.dtype else twin
+        )
+
+
+def test_a_slow_copy_is_not_overtaken_by_the_next_steps(llm, prompts, tmp_path, monkeypatch):
+    """Every copy into the ring takes longer than several steps."""
+    from moescope.tracer.side_stream import SideStream
+
+    copy = SideStream.copy
+
+    def slow_copy(self, *args):
+        with torch.cuda.stream(self._stream):
+            torch.cuda._sleep(20_000_000)
+        return copy(self, *args)
+
+    monkeypatch.setattr(SideStream, "copy", slow_copy)
+    params = [sampling(i, trace=i % 3 > 0) for i in range(64)]
+    with trace(llm, store=tmp_path):
+        outputs = llm.generate(as_prompts(prompts), params, use_tqdm=False)
+    rows = traced_rows(tmp_path)
+    assert len(rows) == 42
+    for key, (tokens, experts, _) in rows.items():
+        output = outputs[int(key)].outputs[0]
+        assert tokens == prompts[int(key)] + list(output.token_ids)[:-1]
+        theirs = np.asarray(output.routed_experts)[: len(experts)]
+        assert (np.sort(theirs, -1) == np.sort(experts[: len(theirs)], -1)).all()
+
+
 def test_traced_experts_are_those_that_vllm_captures_itself(llm, prompts, tmp_path):
     params = [sampling(i) for i in range(64)]
     with trace(llm, store=tmp_path):

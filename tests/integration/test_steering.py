@@ -147,7 +147,7 @@ def plain_outputs(model, prompts):
         from vllm import LLM, SamplingParams
         model, prompts, length = json.load(sys.stdin)
         llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=512)
-        assert "moescope" not in " ".join(sys.modules)
+        assert not any(name.startswith("moescope") for name in sys.modules)
         params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
