@@ -199,7 +199,7 @@ def test_the_prefix_cache_does_not_leak_across_masks(cached, two_masks, prompts)
 
 def test_another_mask_of_the_same_name_does_not_read_its_cache(cached, two_masks, prompts):
     a, b = two_masks
-    prompt = as_prompts([prompts[4] + prompts[62]])
+    prompt = as_prompts([prompts[5] + prompts[62]])
     got = []
     for mask in (a, b.model_copy(update={"name": "A"}), a):
         with masks(cached, mask):
