@@ -424,9 +424,9 @@ def _route_fake(
 def _execute_model_v1(original: Callable[..., Any]) -> Callable[..., Any]:
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         tracer: WorkerTracer = self.moescope
+        _requests_change(tracer, scheduler_output)
         if tracer.idle:
             return original(self, scheduler_output, *args, **kwargs)
-        _requests_change(tracer, scheduler_output)
         self.moescope_scheduled = scheduler_output.num_scheduled_tokens
         result = _run(tracer, original, self, scheduler_output, *args, **kwargs)
         if self.moescope_scheduled:
@@ -463,9 +463,11 @@ def _execute_model_v2(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         tracer: WorkerTracer = self.moescope
         arguments = (self, scheduler_output, intermediate_tensors, dummy_run)
-        if tracer.idle or dummy_run:
+        if dummy_run:
             return original(*arguments, **kwargs)
         _requests_change(tracer, scheduler_output)
+        if tracer.idle:
+            return original(*arguments, **kwargs)
         result = _run(tracer, original, *arguments, **kwargs)
         if scheduler_output.total_num_scheduled_tokens:
             batch = self.execute_model_state.input_batch
@@ -499,7 +501,13 @@ def _run(tracer: WorkerTracer, step: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def _requests_change(tracer: WorkerTracer, scheduler_output: Any) -> None:
-    """Tell the tracer which requests ended before this step, and which begin with it."""
+    """Tell the tracer which requests ended before this step, and which begin with it.
+
+    Also while nothing is traced or steered: a request that wants no mask is to have none when a
+    global one comes.
+    """
+    if tracer.recorder is None:
+        return
     if scheduler_output.finished_req_ids:
         tracer.finish(scheduler_output.finished_req_ids)
     for request in scheduler_output.scheduled_new_reqs:

@@ -273,6 +273,24 @@ def test_a_global_change_reaches_a_running_request_at_its_next_step(
     assert violations(a, shape, under.reshape(3, len(shape.layers), shape.top_k)) == 0
 
 
+def test_a_request_that_wants_no_mask_has_none_when_a_global_one_comes(cached, two_masks, prompts):
+    a, _ = two_masks
+    prompt = as_prompts(prompts[33:34])
+    outputs = {}
+    for steered in (False, True):
+        cached.enqueue(prompt, sampling(trace=False, mask="none"), use_tqdm=False)
+        for _ in range(3):  # it begins while nothing is steered
+            cached.llm_engine.step()
+        with steer(cached, a if steered else None):
+            while cached.llm_engine.has_unfinished_requests():
+                for output in cached.llm_engine.step():
+                    outputs[steered] = output.outputs[0].token_ids
+    assert outputs[True] == outputs[False]
+    with steer(cached, a):
+        [other] = cached.generate(prompt, sampling(trace=False), use_tqdm=False)
+    assert other.outputs[0].token_ids != outputs[True]
+
+
 def test_what_can_not_be_done_is_refused(cached, two_masks, prompts):
     a, b = two_masks
     with pytest.raises(InputError, match="'A' is not loaded"):
