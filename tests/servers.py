@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import httpx
 import openai
@@ -41,7 +42,9 @@ class Server:
         if key is not None:
             environment["MOESCOPE_ADMIN_KEY"] = key
         with self.log.open("w") as output:
-            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
         self.admin = httpx.Client(base_url=self.url, timeout=60)
         if key is not None:
             self.admin.headers["Authorization"] = f"Bearer {key}"
@@ -108,5 +111,7 @@ class Server:
         try:
             self.process.wait(timeout=60)
         finally:
-            self.process.kill()
+            # With the engine, which outlives a server that was killed.
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.admin.close()

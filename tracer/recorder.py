@@ -45,6 +45,7 @@ class Recorder:
         self.facts = facts
         self.experts = torch.zeros(size, dtype=ids, device=device)
         self.weights = torch.zeros(size, dtype=torch.float16, device=device)
+        self._by_layer = list(zip(self.weights.unbind(1), self.experts.unbind(1), strict=True))
         self._store = self._record_on_cpu
         if device.type == "cuda":
             from moescope.tracer.kernels import record

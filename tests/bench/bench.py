@@ -33,7 +33,7 @@ ESFT = Path(__file__).parents[3] / "shared/data/esft_routing/expert_scores.tar.x
 console = Console()
 
 
-def bench_engine(rounds: int) -> None:
+def bench_engine(rounds: int, wanted: list[str] | None = None) -> None:
     """Throughput of the demo model: plain, idle, recorded, traced to disk, and under masks.
 
     The masks have entries that change nothing, so that the experts stay the same: removing experts
@@ -92,11 +92,11 @@ def bench_engine(rounds: int) -> None:
         table = Table("workload", "arm", "tokens/s", "ratio to plain: median", "min", "max")
         for name, (prompts, max_tokens) in workloads.items():
             tokens = sum(len(p["prompt_token_ids"]) + max_tokens - 1 for p in prompts)
-            arms = ["plain", "idle", "null sink", "traced", "global mask", "8 masks"]
+            arms = ["plain", *(wanted or ["idle", "null sink", "traced", "global mask", "8 masks"])]
             times: dict[str, list[float]] = {arm: [] for arm in arms}
             for index in range(rounds + 1):
                 # The order turns, so that no arm always follows the same other one.
-                for arm in arms[index % 6 :] + arms[: index % 6]:
+                for arm in arms[index % len(arms) :] + arms[: index % len(arms)]:
                     seconds = run(arm, prompts, max_tokens)
                     if index:  # the first round warms up
                         times[arm].append(seconds)
@@ -214,12 +214,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benches", nargs="*", help=f"any of {', '.join(benches)}; default: all")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--arms", help="of engine, comma-separated; default: all")
     given = parser.parse_args()
     if unknown := set(given.benches) - benches.keys():
         parser.error(f"unknown benchmark {sorted(unknown)}; there are {', '.join(benches)}")
     for name in given.benches or benches:
         console.rule(name)
-        benches[name](given.rounds)
+        if name == "engine" and given.arms:
+            bench_engine(given.rounds, given.arms.split(","))
+        else:
+            benches[name](given.rounds)
 
 
 if __name__ == "__main__":

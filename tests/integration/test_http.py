@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import httpx
 import openai
@@ -37,7 +38,9 @@ def server(specimen, tmp_path_factory):
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 180
     while True:
@@ -49,7 +52,8 @@ def server(specimen, tmp_path_factory):
         except httpx.TransportError:
             time.sleep(0.2)
     yield process, url, store
-    process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # with its engine
     process.wait()
 
 
