@@ -33,7 +33,7 @@ class Server:
         if api_key is not None:
             command += ["--api-key", api_key]
         command += ["--", "--served-model-name", "specimen", "--dtype", "float32"]
-        command += ["--enforce-eager", "--max-model-len", "512", *options]
+        command += ["--enforce-eager", "--max-model-len", "4096", *options]
         environment = os.environ | {
             "MOESCOPE_FLUSH_SECONDS": "0.1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",

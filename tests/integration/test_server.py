@@ -13,6 +13,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from servers import PROMPT, Server
 
+from moescope.analysis import open_store
 from moescope.clients.generate import generate
 from moescope.server.audit import replay
 from moescope.server.registry import Registry
@@ -180,11 +181,11 @@ def test_refusals(server):
 
 
 def open_stream(server, mask, **fields):
-    headers = {"X-Steering-Mask": mask} | fields.pop("headers", {})
+    headers = {} if mask is None else {"X-Steering-Mask": mask}
     stream = server.openai.completions.create(
         model="specimen",
         prompt=PROMPT,
-        max_tokens=400,
+        max_tokens=fields.pop("max_tokens", 400),
         temperature=0,
         stream=True,
         extra_headers=headers,
@@ -194,14 +195,27 @@ def open_stream(server, mask, **fields):
     return stream
 
 
-def test_no_free_slot_is_429_and_a_client_that_goes_frees_its(server):
-    with closing(open_stream(server, "calm")), closing(open_stream(server, "storm")):
-        assert server.slots_in_use() == {"calm@1": 1, "storm@1": 1}
+def refused_while_two_masks_run(server):
+    """With both slots held by streams, a third mask is refused; False if a stream had ended."""
+    # Long enough to run until they are closed. Yet the HTTP process may deliver a stream's first
+    # events only after the last were computed.
+    long = {"max_tokens": 2000}
+    with (
+        closing(open_stream(server, "calm", **long)),
+        closing(open_stream(server, "storm", **long)),
+    ):
+        if server.slots_in_use() != {"calm@1": 1, "storm@1": 1}:
+            return False
         assert server.complete("calm")[0]["x-steering-mask"] == "calm@1"
         with pytest.raises(openai.RateLimitError) as error:
             server.complete("third")
         assert error.value.response.headers["retry-after"] == "1"
         assert server.complete()[0]["x-steering-mask"] == "none"
+        return True
+
+
+def test_no_free_slot_is_429_and_a_client_that_goes_frees_its(server):
+    assert any(refused_while_two_masks_run(server) for _ in range(6))
     deadline = time.monotonic() + 10
     while server.slots_in_use():
         assert time.monotonic() < deadline
@@ -244,31 +258,49 @@ def test_a_mask_that_is_deleted_steers_to_the_end_of_its_requests(server):
     assert not np.isin(experts, [7, 8]).any()
 
 
-def test_the_global_mask_reaches_running_requests(server):
-    trace = {"vllm_xargs": {"moescope_example_id": "running", "moescope_run": "run"}}
-    server.complete("none", "unsteered", max_tokens=60)
-    stream = server.openai.completions.create(
-        model="specimen",
-        prompt=PROMPT,
-        max_tokens=400,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True} | trace,
-    )
-    events = iter(stream)
+def change_while_it_runs(server, example):
+    """Steer globally in the middle of a long request; False if it had ended by then.
+
+    The HTTP process may deliver the first events of a stream only after the last were computed.
+    """
+    server.admin.delete("/v1/steering")
+    trace = {"vllm_xargs": {"moescope_example_id": example, "moescope_run": "run"}}
+    events = iter(open_stream(server, None, max_tokens=2000, **trace))
     for _ in range(10):
         next(events)
+    changed = time.monotonic()
     assert server.admin.put("/v1/steering", json={"mask": "storm"}).json() == {"mask": "storm@1"}
-    num_left = len(list(events))
+    for _ in events:
+        pass
+    return time.monotonic() - changed > 1
+
+
+def test_the_global_mask_reaches_running_requests(server):
+    server.complete("none", "unsteered", max_tokens=60)
+    attempts = (f"running{attempt}" for attempt in range(5))
+    running = next(name for name in attempts if change_while_it_runs(server, name))
     assert server.complete()[0]["x-steering-mask"] == "storm@1"
     assert server.complete("none", "not-even-that")[0]["x-steering-mask"] == "none"
     server.complete(None, "under-storm")
     server.complete("calm", "under-calm")
-    rows = server.rows(["running", "unsteered", "not-even-that", "under-storm", "under-calm"])
-    steered = ~np.isin(rows["running"], [4, 5]).any((1, 2))
-    assert num_left > 100
-    assert steered[-num_left + 50 :].all()
-    assert not steered[:10].all()
+    rows = server.rows([running, "unsteered", "not-even-that", "under-storm", "under-calm"])
+    in_force = (
+        open_store(server.store)
+        .execute(
+            "SELECT tokens.mask FROM tokens JOIN requests USING (request_id) "
+            "WHERE example_id = ? ORDER BY position",
+            [running],
+        )
+        .fetchall()
+    )
+    steered = np.array([mask == "storm@1" for (mask,) in in_force])
+    assert len(steered) == len(PROMPT) + 2000 - 1
+    # One change, while it ran, from the token on of which the trace says so.
+    assert not steered[:10].any()
+    assert np.count_nonzero(np.diff(steered.astype(int))) == 1
+    assert steered[-1]
+    assert not np.isin(rows[running][steered], [4, 5]).any()
+    assert np.isin(rows[running][~steered], [4, 5]).any()
     assert not np.isin(rows["under-storm"], [4, 5]).any()
     assert not np.isin(rows["under-calm"], [1, 2, 3]).any()
     size = len(rows["not-even-that"])
@@ -391,7 +423,7 @@ def test_a_model_without_experts_is_refused_before_anything_listens(specimen, tm
         num_key_value_heads=2,
     )
     LlamaForCausalLM(config).save_pretrained(model)
-    server = Server(tmp_path, model)
+    server = Server(tmp_path, model, "--max-model-len", "512")
     heard = False
     while server.process.poll() is None:
         heard = heard or server.listens()
