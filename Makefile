@@ -7,6 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --no-deps
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 DEMO := .demo
+INTERPRETER := .venv/triton
 
 # A tiny model on a laptop: no compilation, one process, 1 GiB of KV cache, no chatter.
 ENGINE_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOGGING_LEVEL=ERROR \
@@ -14,10 +15,10 @@ ENGINE_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOG
 # In float32 the numbers are the same on every processor.
 ENGINE := --enforce-eager --dtype float32 --attention-backend CPU_MLA
 
-.PHONY: help setup demo test unit lint format bench clean
+.PHONY: help setup demo test unit lint format bench bench-gpu clean
 
 help:  ## List the commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
 
 setup: .venv/.ready  ## Create .venv and install the locked packages (CPU vLLM)
 
@@ -43,8 +44,14 @@ demo: .venv/.ready  ## Trace a small model on real questions and rank its expert
 	$(BIN)/moescope rd $(DEMO)/traces --positive with_doc --negative without_doc --segment question \
 	    --estimator sequence --top 10 --out $(DEMO)/ranking.parquet --plot $(DEMO)/heatmap.png
 
-test: .venv/.ready  ## Run all tests: units in seconds, then real vLLM on the CPU
+test: .venv/.ready $(INTERPRETER)/.ready  ## Run all tests: units, real vLLM on the CPU, GPU kernels interpreted
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(BIN)/pytest tests/kernels
+
+# Triton, to interpret the GPU's kernels without a GPU. Aside, since vLLM should not find it.
+$(INTERPRETER)/.ready: .venv/.ready
+	$(PIP) --target $(INTERPRETER) --upgrade triton==3.6.0
+	@touch $@
 
 unit: .venv/.ready  ## Run the unit tests alone
 	$(BIN)/pytest tests/unit
@@ -61,6 +68,9 @@ format: .venv/.ready  ## Put the code into the house style
 
 bench: .venv/.ready  ## Measure: the cost of tracing, and the writer alone
 	$(ENGINE_ENV) PYTHONPATH=tests $(BIN)/python tests/bench/bench.py $(BENCH)
+
+bench-gpu: .venv/.ready  ## Measure on GPUs at real shapes (docs/benchmarks.md)
+	$(BIN)/python tests/bench/bench_gpu.py $(BENCH)
 
 clean:  ## Remove what make made, but for .venv
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -11,6 +11,7 @@ def open_engine(model, **options):
     """A `vllm.LLM` in float32 that is gone after the block."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     given = {
         "dtype": "float32",
@@ -19,7 +20,7 @@ def open_engine(model, **options):
         "max_num_seqs": 64,
         "enable_prefix_caching": False,
     }
-    if "deepseek" in str(model):
+    if "deepseek" in str(model) and current_platform.is_cpu():
         # The other one, for processors with AMX, knows no float32.
         given["attention_backend"] = "CPU_MLA"
     llm = LLM(model=str(model), **given | options)

@@ -45,12 +45,17 @@ class LayerRouting(NamedTuple):
     scores: np.ndarray
 
 
-def reference_routing(model_dir: Path, token_ids: list[int]) -> dict[int, LayerRouting]:
-    """The routing of one sequence, by the model's own layer numbers, in float32 on the CPU.
+def reference_routing(
+    model_dir: Path,
+    token_ids: list[int],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[int, LayerRouting]:
+    """The routing of one sequence, by the model's own layer numbers.
 
     Loaded models are kept: a directory must not change its model during a test run.
     """
-    model = _load(model_dir)
+    model = _load(model_dir, dtype, device)
     seen: dict[int, tuple[torch.Tensor, ...]] = {}
     routers = _routers(model)
     hooks = [
@@ -60,7 +65,7 @@ def reference_routing(model_dir: Path, token_ids: list[int]) -> dict[int, LayerR
     ]
     try:
         with torch.no_grad():
-            model(input_ids=torch.tensor([token_ids]), use_cache=False)
+            model(input_ids=torch.tensor([token_ids], device=device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -77,11 +82,11 @@ def top_k_margin(scores: np.ndarray, top_k: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def _load(model_dir: Path) -> Any:
+def _load(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        model_dir, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
-    return model.eval()
+    return model.to(device).eval()
 
 
 def _routers(model: Any) -> dict[int, Any]:
@@ -99,11 +104,13 @@ def _routing(
     router: Any, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
 ) -> LayerRouting:
     weights = weights / getattr(router, "routed_scaling_factor", 1.0)
-    scores = _scores(router, logits)
-    # The scores are the one thing recomputed here: they must lead to the model's own choice.
-    chosen = scores.topk(ids.shape[1], dim=-1).indices
-    assert torch.equal(chosen.sort(-1).values, ids.sort(-1).values)
-    ids_np, weights_np = ids.numpy(), weights.float().numpy()
+    scores = _scores(router, logits.float()).cpu()
+    ids, weights = ids.cpu(), weights.float().cpu()
+    # The scores are the one thing recomputed here: they must lead to the model's own choice, but
+    # for ties, which bfloat16 has.
+    chosen = scores.topk(ids.shape[1], dim=-1).values
+    assert torch.equal(chosen.sort(-1).values, scores.gather(1, ids).sort(-1).values)
+    ids_np, weights_np = ids.numpy(), weights.numpy()
     order = np.lexsort((ids_np, -weights_np), axis=1)
     return LayerRouting(
         np.take_along_axis(ids_np, order, axis=1),

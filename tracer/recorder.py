@@ -1,11 +1,13 @@
 """Record a step: the routers fill device buffers, and the end of the step hands rows to the sink.
 
-    device buffers   experts uint8|uint16 [max_tokens, layers, k]   at fixed addresses,
-                     weights float16      [max_tokens, layers, k]   overwritten by every step
+    device buffers   weights float32 [layers, max_tokens, k]   at fixed addresses,
+                     ids     int32   [layers, max_tokens, k]   overwritten by every step
 
-A router only ever calls `record` (it may run inside a captured graph or a dummy run, where no
-request is behind the tokens). Which rows mean anything is decided by `end_step`, which knows the
-batch: row i belongs to the i-th scheduled token.
+A router writes there by itself (`room`), at no cost, or what it wrote elsewhere is copied
+(`record`). It may run inside a captured graph or a dummy run, where no request is behind the
+tokens. Which rows mean anything is decided by `end_step`, which knows the batch: row i belongs to
+the i-th scheduled token. Only then are those rows, and no others, brought into the format of
+format.py (`pack`): experts in descending order of weight, narrowed.
 """
 
 from collections.abc import Sequence
@@ -40,17 +42,16 @@ class Recorder:
 
     def __init__(self, facts: ModelFacts, max_tokens: int, device: torch.device) -> None:
         shape = facts.shape
-        ids = torch.uint8 if shape.id_dtype.itemsize == 1 else torch.uint16
-        size = (max_tokens, len(shape.layers), shape.top_k)
-        self.facts = facts
-        self.experts = torch.zeros(size, dtype=ids, device=device)
-        self.weights = torch.zeros(size, dtype=torch.float16, device=device)
-        self._by_layer = list(zip(self.weights.unbind(1), self.experts.unbind(1), strict=True))
-        self._store = self._record_on_cpu
+        size = (len(shape.layers), max_tokens, shape.top_k)
+        self.facts, self.max_tokens = facts, max_tokens
+        self.weights = torch.zeros(size, dtype=torch.float32, device=device)
+        self.ids = torch.zeros(size, dtype=torch.int32, device=device)
+        self._by_layer = list(zip(self.weights, self.ids, strict=True))
+        self._store = store_on_cpu
         if device.type == "cuda":
-            from moescope.tracer.kernels import record
+            from moescope.tracer.kernels import store
 
-            self._store = record
+            self._store = store
         self._side: SideStream | None = None
         self.sink: Sink | None = None
         self.num_requests = 0
@@ -64,30 +65,23 @@ class Recorder:
         """Traced requests that have begun and whose finish the sink has not got."""
         return len(self._live) + len(self._unsent)
 
-    def record(self, layer: int, weights: torch.Tensor, ids: torch.Tensor) -> None:
-        """Store the routing of one layer (0-based among the traced ones) for all of its tokens.
+    def room(self, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where a layer's router may leave its weights and ids, both [tokens, k], contiguous.
 
-        `weights` and `ids` are [tokens, k]; they are kept in descending order of weight.
+        `layer` is 0-based among the traced ones. None if there are more tokens than the buffers
+        have rows.
         """
-        tokens = min(ids.shape[0], len(self.experts))
-        self._store(
-            weights[:tokens],
-            ids[:tokens],
-            self.weights[:tokens, layer],
-            self.experts[:tokens, layer],
-        )
+        if tokens > self.max_tokens:
+            return None
+        weights, ids = self._by_layer[layer]
+        return weights[:tokens], ids[:tokens]
 
-    @staticmethod
-    def _record_on_cpu(
-        weights: torch.Tensor,
-        ids: torch.Tensor,
-        out_weights: torch.Tensor,
-        out_experts: torch.Tensor,
-    ) -> None:
-        """The twin of kernels.py."""
-        ordered, order = torch.sort(weights, dim=-1, descending=True, stable=True)
-        out_weights.copy_(ordered)
-        out_experts.copy_(torch.gather(ids, 1, order))
+    def record(self, layer: int, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        """Keep the routing of one layer for all of its tokens, [tokens, k], if it isn't there."""
+        mine, my_ids = self._by_layer[layer]
+        if ids.data_ptr() != my_ids.data_ptr():
+            tokens = min(len(ids), self.max_tokens)
+            self._store(weights[:tokens], ids[:tokens], mine[:tokens], my_ids[:tokens])
 
     def begin(self, request_id: str, wishes: TraceRequest, prompt_tokens: int, **more: Any) -> None:
         """A traced request is scheduled for the first time; again after preemption: no effect."""
@@ -156,8 +150,7 @@ class Recorder:
         places = None if numbers.all() else np.flatnonzero(owner)
         if places is not None and not len(places):
             return
-        columns = [positions, tokens, self.experts.flatten(1), self.weights.flatten(1)]
-        if not self._hand_over(self.sink, owner, columns, places):
+        if not self._hand_over(self.sink, owner, positions, tokens, places):
             for request_id, count in zip(request_ids, counts, strict=True):
                 if request_id in live:
                     live[request_id].lost_rows += int(count)
@@ -166,21 +159,26 @@ class Recorder:
         self,
         sink: Sink,
         owner: NDArray[np.uint32],
-        columns: list[torch.Tensor],
+        positions: torch.Tensor,
+        tokens: torch.Tensor,
         places: NDArray[np.intp] | None,
     ) -> bool:
-        total = len(owner)
-        if self._side is None or not isinstance(sink, RingSink):
-            if isinstance(sink, NullSink):
-                return True
-            host = [_to_host(column[:total]) for column in columns]
-            position, token = (column.astype(np.int32, copy=False) for column in host[:2])
-            return sink.write(Rows(owner, position, token, *host[2:]), places)
-        count = total if places is None else len(places)
-        parts = sink.reserve(count)
+        if isinstance(sink, NullSink):
+            return True
+        wanted = owner if places is None else owner[places]
+        if self._side is None:
+            rows = Rows.empty(len(wanted), self.facts.shape)
+            rows.request[:] = wanted
+            out = tuple(torch.from_numpy(column) for column in rows.columns()[1:])
+            index = None if places is None else torch.from_numpy(places)
+            pack_on_cpu(self.weights, self.ids, positions, tokens, index, out)
+            return sink.write(rows, None)
+        assert isinstance(sink, RingSink)
+        parts = sink.reserve(len(wanted))
         if parts is None:
             return False
-        sink.publish(count, self._side.copy(owner, columns, places, parts))
+        step = self.weights, self.ids, positions, tokens
+        sink.publish(len(wanted), self._side.copy(step, wanted, places, parts))
         return True
 
     def attach(self, sink: Sink) -> None:
@@ -188,8 +186,8 @@ class Recorder:
         self.weights.fill_(_NEVER)
         self.silent_layers = None
         self.sink = sink
-        if self.experts.device.type == "cuda" and isinstance(sink, RingSink):
-            self._side = SideStream(sink.ring, len(self.experts), self.experts.device)
+        if self.ids.device.type == "cuda" and isinstance(sink, RingSink):
+            self._side = SideStream(sink.ring, self.max_tokens, self.ids.device)
         if self._global_mask is not None:
             self.mask_changes(self._global_mask)
 
@@ -198,7 +196,7 @@ class Recorder:
 
         Raises UnsupportedModelError if one's does not while a request is being traced.
         """
-        silent = _to_host(self.weights[0] == _NEVER).any(-1)
+        silent = (self.weights[:, 0] == _NEVER).any(-1).cpu().numpy()
         self.silent_layers = [self.facts.shape.layers[index] for index in np.flatnonzero(silent)]
         if self.silent_layers and self._live:
             raise UnsupportedModelError(self.silence)
@@ -233,6 +231,27 @@ class Recorder:
         }
 
 
-def _to_host(tensor: torch.Tensor) -> NDArray[Any]:
-    """The tensor as an array; waits for the device if that is not the CPU."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor.cpu().numpy()
+def store_on_cpu(
+    weights: torch.Tensor, ids: torch.Tensor, out_weights: torch.Tensor, out_ids: torch.Tensor
+) -> None:
+    """The twin of `kernels.store`."""
+    out_weights.copy_(weights)
+    out_ids.copy_(ids)
+
+
+def pack_on_cpu(
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+    places: torch.Tensor | None,
+    out: Sequence[torch.Tensor],
+) -> None:
+    """The twin of `kernels.pack`, which see."""
+    out_positions, out_tokens, out_experts, out_weights = out
+    rows = slice(len(out_positions)) if places is None else places
+    ordered, order = weights[:, rows].transpose(0, 1).sort(dim=-1, descending=True, stable=True)
+    out_positions.copy_(positions[rows])
+    out_tokens.copy_(tokens[rows])
+    out_experts.copy_(ids[:, rows].transpose(0, 1).gather(-1, order).flatten(1))
+    out_weights.copy_(ordered.flatten(1))

@@ -5,8 +5,10 @@
     side stream                 └──▶ copy into the ring ──▶ copied ────┘
     host          launches only; publishes the rows of step n when it sees that their copy is done
 
-The step's buffers are overwritten by the next step, so its rows are set aside (staged) on the main
-stream, which costs microseconds. The host waits for the device only to end or to sync a trace.
+The step's buffers are overwritten by the next step, so its rows are packed aside (staged) on the
+main stream, which costs microseconds. A few rows, as of a decoding step, are packed right into the
+ring: their way over the bus is short, and the host, which small batches wait for, launches one
+kernel and no copies. The host waits for the device only to end or to sync a trace.
 """
 
 from typing import Any
@@ -18,11 +20,15 @@ from numpy.typing import NDArray
 from moescope.tracer.errors import TracerError
 from moescope.tracer.ring import Ring
 
+_FEW_ROWS = 256
+
 
 class SideStream:
     """The copies of one recorder into one ring."""
 
     def __init__(self, ring: Ring, max_tokens: int, device: torch.device) -> None:
+        from moescope.tracer.kernels import pack
+
         self._ring = ring
         # Pinned: a copy into other memory would make the host wait for it.
         error = torch.cuda.cudart().cudaHostRegister(ring.address, ring.nbytes, 0)
@@ -37,6 +43,7 @@ class SideStream:
             torch.empty((max_tokens, *t.shape[1:]), dtype=t.dtype, device=device)
             for t in self._targets
         ]
+        self._pack = pack
         self._stream = torch.cuda.Stream(device)
         self._copied: Any = torch.cuda.Event()
 
@@ -46,34 +53,37 @@ class SideStream:
 
     def copy(
         self,
+        step: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
         owner: NDArray[np.uint32],
-        columns: list[torch.Tensor],
         places: NDArray[np.intp] | None,
         parts: list[tuple[slice, slice]],
     ) -> Any:
         """Start to copy rows into `parts` of the ring; returns the event of their arrival.
 
         Args:
-            owner: uint32 [rows], each row's request; all rows of the step, chosen or not.
-            columns: positions, tokens, experts, weights, each [>= rows, ...] on the device.
-            places: the rows that are wanted, ascending; None: all.
-            parts: from `Ring.reserve`, for as many rows as are wanted.
+            step: weights, ids, positions and tokens of the step, on the device (`kernels.pack`).
+            owner: uint32 [rows], the request of each row that is wanted.
+            places: intp [rows], which of the step's tokens these are; None: the first ones.
+            parts: from `Ring.reserve`, for as many rows.
 
         """
-        main = torch.cuda.current_stream()
-        main.wait_event(self._copied)
-        wanted = owner if places is None else owner[places]
-        count = len(wanted)
+        main, count = torch.cuda.current_stream(), len(owner)
         index = None
         if places is not None:
             index = torch.from_numpy(places).pin_memory().to(main.device, non_blocking=True)
-        for staged, column in zip(self._staged, columns, strict=True):
-            rows = column[: len(owner)]
-            staged[:count].copy_(rows if index is None else rows.index_select(0, index))
+        for source, target in parts:
+            self._owner[target] = owner[source]
+        if count <= _FEW_ROWS and len(parts) == 1:
+            [(_, target)] = parts
+            self._pack(*step, index, self._targets, count, target.start)
+            arrived = torch.cuda.Event()
+            arrived.record(main)
+            return arrived
+        main.wait_event(self._copied)
+        self._pack(*step, index, self._staged, count)
         self._stream.wait_stream(main)
         with torch.cuda.stream(self._stream):
             for source, target in parts:
-                self._owner[target] = wanted[source]
                 for staged, goal in zip(self._staged, self._targets, strict=True):
                     goal[target].copy_(staged[source], non_blocking=True)
             self._copied = torch.cuda.Event()

@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 NUM_TOKENS = 24
+SECOND_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def llm(tmp_path_factory):
         dtype="bfloat16",
         max_model_len=1024,
         gpu_memory_utilization=0.3,
-        enable_return_routed_experts=True,
+        enable_return_routed_experts=SECOND_RUNNER,  # which the first one can't
         max_num_seqs=64,
     )
 
@@ -55,35 +56,15 @@ def sampling(index, **wishes):
     )
 
 
-@pytest.mark.parametrize("k", [1, 2, 6, 8, 10])
-@pytest.mark.parametrize("num_tokens", [1, 63, 64, 1000])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
-def test_the_kernel_stores_what_its_cpu_twin_stores(k, num_tokens, dtype):
-    from moescope.tracer.kernels import record
-    from moescope.tracer.recorder import Recorder
-
-    generator = torch.Generator().manual_seed(k * num_tokens)
-    # Rounded, so that there are ties.
-    weights = torch.rand(num_tokens, k, generator=generator).mul(20).round().div(20)
-    ids = torch.stack([torch.randperm(200, generator=generator)[:k] for _ in range(num_tokens)])
-    ids = ids.int()
-    buffers = {}
-    for device in ("cpu", "cuda"):
-        out_weights = torch.zeros(num_tokens, 3, k, dtype=torch.float16, device=device)
-        out_experts = torch.zeros(num_tokens, 3, k, dtype=dtype, device=device)
-        store = record if device == "cuda" else Recorder._record_on_cpu
-        store(weights.to(device), ids.to(device), out_weights[:, 1], out_experts[:, 1])
-        buffers[device] = out_weights.cpu(), out_experts.cpu()
-    for ours, twin in zip(buffers["cuda"], buffers["cpu"], strict=True):
-        assert torch.equal(
-            ours.int() if dtype == ours.dtype else ours, twin.int() if dtype == twin.dtype else twin
-        )
-
-
-def test_a_slow_copy_is_not_overtaken_by_the_next_steps(llm, prompts, tmp_path, monkeypatch):
-    """Every copy into the ring takes longer than several steps."""
+@pytest.mark.parametrize("few_rows", [0, 256])
+def test_a_slow_copy_is_not_overtaken_by_the_next_steps(
+    llm, prompts, tmp_path, monkeypatch, few_rows
+):
+    """Every copy into the ring takes longer than several steps; rows of 256 need none."""
+    from moescope.tracer import side_stream
     from moescope.tracer.side_stream import SideStream
 
+    monkeypatch.setattr(side_stream, "_FEW_ROWS", few_rows)
     copy = SideStream.copy
 
     def slow_copy(self, *args):
@@ -100,10 +81,12 @@ def test_a_slow_copy_is_not_overtaken_by_the_next_steps(llm, prompts, tmp_path, 
     for key, (tokens, experts, _) in rows.items():
         output = outputs[int(key)].outputs[0]
         assert tokens == prompts[int(key)] + list(output.token_ids)[:-1]
-        theirs = np.asarray(output.routed_experts)[: len(experts)]
-        assert (np.sort(theirs, -1) == np.sort(experts[: len(theirs)], -1)).all()
+        if SECOND_RUNNER:
+            theirs = np.asarray(output.routed_experts)[: len(experts)]
+            assert (np.sort(theirs, -1) == np.sort(experts[: len(theirs)], -1)).all()
 
 
+@pytest.mark.skipif(not SECOND_RUNNER, reason="vLLM's own capture needs the second runner")
 def test_traced_experts_are_those_that_vllm_captures_itself(llm, prompts, tmp_path):
     params = [sampling(i) for i in range(64)]
     with trace(llm, store=tmp_path):
