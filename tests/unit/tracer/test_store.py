@@ -12,8 +12,14 @@ import pytest
 
 from moescope.tracer.assemble import Assembler, Traced
 from moescope.tracer.errors import StoreError
-from moescope.tracer.format import MoeShape
-from moescope.tracer.store import StoreWriter, committed_files, read_manifest, read_writers
+from moescope.tracer.format import MoeShape, Stage, tokens_schema
+from moescope.tracer.store import (
+    StoreWriter,
+    committed_files,
+    read_manifest,
+    read_writers,
+    stage_of,
+)
 
 
 @pytest.fixture
@@ -139,3 +145,26 @@ def test_a_missing_tokens_file_is_an_error_of_the_reader(tmp_path, facts, tables
     committed_files(tmp_path)[0][0].unlink()
     with pytest.raises(StoreError, match="is missing"):
         committed_files(tmp_path)
+
+
+def test_a_pipeline_stage_writes_its_layers_only(tmp_path, facts, shape, tables):
+    stage = Stage(2, 2, shape.layers[1:])
+    tokens, requests = tables(1)
+    routes = stage.of(shape).num_routes
+    for name in ("expert_ids", "gate_weights"):
+        field = tokens_schema(stage.of(shape)).field(name)
+        lists = pa.array([row[-routes:] for row in tokens[name].to_pylist()], field.type)
+        tokens = tokens.set_column(tokens.schema.get_field_index(name), field, lists)
+    with StoreWriter(tmp_path, facts, writer="w", stage=stage) as store:
+        store.commit(tokens, requests)
+    assert read_manifest(tmp_path).shape == shape
+    [file] = committed_files(tmp_path)[0]
+    assert (file.name, stage_of(file.name)) == ("p2of2-w-000001.parquet", (2, 2))
+    [counters] = read_writers(tmp_path)
+    assert (counters.writer, counters.layers) == ("p2of2-w", [2, 5])
+
+
+def test_one_that_has_all_layers_says_nothing_of_them(tmp_path, facts):
+    StoreWriter(tmp_path, facts, writer="w").close()
+    assert "layers" not in json.loads((tmp_path / "writers" / "w.json").read_text())
+    assert stage_of("w-000001.parquet") == stage_of("p1of-w") == (1, 1)

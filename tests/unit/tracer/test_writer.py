@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from moescope.tracer.assemble import Traced
 from moescope.tracer.errors import StoreError, TracerError
+from moescope.tracer.format import Stage
 from moescope.tracer.ring import TAIL
 from moescope.tracer.settings import Settings
 from moescope.tracer.sink import RingSink
 from moescope.tracer.store import committed_files, read_writers
+from moescope.tracer.writer import Drafts
 
 
 def begin(sink, number, prompt_tokens=4):
@@ -139,9 +142,13 @@ def test_a_store_that_cannot_be_opened_is_an_error_at_the_start(tmp_path, facts)
         RingSink(tmp_path, facts, Settings())
 
 
-def test_an_engine_killed_by_sigkill_leaves_its_finished_requests(tmp_path, facts, make_rows):
+@pytest.mark.parametrize("descendants", [False, True])
+def test_an_engine_killed_by_sigkill_leaves_its_finished_requests(
+    tmp_path, facts, make_rows, descendants
+):
+    """With `descendants`: all of them are killed first, as vLLM does at the end of a server."""
     script = textwrap.dedent("""
-        import os, pickle, signal, sys, time
+        import os, pickle, signal, sys, time, psutil
         from pathlib import Path
         from moescope.tracer.ring import HEAD, TAIL
         from moescope.tracer.settings import Settings
@@ -153,10 +160,12 @@ def test_an_engine_killed_by_sigkill_leaves_its_finished_requests(tmp_path, fact
                        "prompt_tokens": 4})
             sink.write(rows, None)
         sink.send({"op": "finish", "request": 1, "lost_rows": 0})
+        for child in psutil.Process().children(recursive=True) if sys.argv[2] else ():
+            child.kill()
         os.kill(os.getpid(), signal.SIGKILL)
     """)
     killed = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
+        [sys.executable, "-c", script, str(tmp_path), "descendants" if descendants else ""],
         input=pickle.dumps((facts, make_rows(1, range(9)), make_rows(2, range(7)))),
         check=False,
     )
@@ -197,3 +206,64 @@ def test_a_global_mask_counts_from_the_row_where_it_came(tmp_path, facts, make_r
     sink.close()
     [file] = committed_files(tmp_path)[0]
     assert pq.read_table(file)["mask"].to_pylist() == [None] * 3 + ["a"] * 4 + [None] * 2
+
+
+def speculate(sink, number, prompt_tokens, **speculation):
+    message = {"op": "begin", "request": number, "request_id": f"r{number}", "run": "test"}
+    given = (speculation.get("max_tokens"), speculation.get("min_tokens", 0))
+    stop_ids = speculation.get("stop_ids", [])
+    more = {"prompt_tokens": prompt_tokens, "stop_ids": stop_ids, "speculation": given}
+    return sink.send(message | more)
+
+
+def test_drafts_in_vain_leave_no_rows(tmp_path, facts, make_rows):
+    sink = RingSink(tmp_path, facts, Settings())
+    speculate(sink, 1, 3)
+    sink.write(make_rows(1, range(3)), None)
+    for start, rejected in ((3, 2), (5, 3), (6, 0), (10, 3)):
+        rows = make_rows(1, range(start, start + 4))
+        rows.position[4 - rejected :] = -1
+        sink.write(rows, None)
+    finish(sink, 1)
+    sink.close()
+    rows, complete = stored(tmp_path)
+    assert rows == {"r1": [1000 + i for i in range(11)]}
+    assert complete == {"r1": True}
+
+
+@pytest.mark.parametrize(
+    ("speculation", "length"),
+    [
+        ({}, 12),
+        ({"max_tokens": 6}, 8),  # 3 of the prompt, and 5 computed of 6 given
+        ({"stop_ids": [1006]}, 6),
+        ({"stop_ids": [1006], "max_tokens": 6}, 6),
+        ({"stop_ids": [1006, 1010], "min_tokens": 5}, 10),  # 1006 is the fourth
+        ({"stop_ids": [1002]}, 12),  # in the prompt
+    ],
+)
+def test_what_was_accepted_behind_the_end_has_no_row(make_rows, speculation, length):
+    drafts = Drafts()
+    traced = Traced(1, "r1", "run", 3, stop_ids=speculation.get("stop_ids", []))
+    drafts.begin(traced, speculation.get("max_tokens"), speculation.get("min_tokens", 0))
+    kept = []
+    for start in (0, 4, 8):
+        kept += drafts.leave_out(make_rows(1, range(start, start + 4))).position.tolist()
+    assert kept == list(range(length))
+    drafts.finish(1)
+    assert len(drafts.leave_out(make_rows(1, range(12)))) == 12
+
+
+def test_a_pipeline_stage_passes_its_layers_through_the_ring(tmp_path, facts, shape, make_rows):
+    stage = Stage(1, 2, shape.layers[:1])
+    sink = RingSink(tmp_path, facts, Settings(), stage=stage)
+    begin(sink, 1)
+    rows = make_rows(1, range(5))
+    routes = stage.of(shape).num_routes
+    rows.experts, rows.weights = rows.experts[:, :routes], rows.weights[:, :routes]
+    sink.write(rows, None)
+    finish(sink, 1)
+    sink.close()
+    [file] = committed_files(tmp_path)[0]
+    assert file.name.startswith("p1of2-")
+    assert pq.read_table(file)["expert_ids"].to_pylist() == rows.experts.tolist()
