@@ -130,19 +130,19 @@ def show(mask: MaskFile) -> None:
     from moescope.tracer.mask import read_mask
 
     there = read_mask(mask)
-    facts = Table.grid(padding=(0, 2))
-    for label, value in (
+    console = open_console()
+    facts = (
         ("name", there.name),
         ("mode", there.mode if there.epsilon is None else f"{there.mode}, ε = {there.epsilon}"),
         ("renormalise", "yes" if there.renormalise else None),
         ("for", there.signature),
         ("note", there.note),
         ("source", json.dumps(there.source) if there.source else None),
-    ):
+    )
+    width = max(len(label) for label, value in facts if value is not None)
+    for label, value in facts:
         if value is not None:
-            facts.add_row(f"[bold]{label}[/]", escape(str(value)))
-    console = open_console()
-    console.print(facts)
+            console.print(f"[bold]{label:<{width}}[/]  {escape(str(value))}")
     console.print(_by_layer(there))
 
 
@@ -185,7 +185,9 @@ def push(mask: MaskFile, *, url: Url = HERE, admin_key: AdminKey = None) -> None
     from moescope.tracer.mask import read_mask
 
     answer = push_mask(read_mask(mask), url, admin_key)
-    open_console().print(escape(f"{answer.get('name')}@{answer.get('version')} is on {url}"))
+    there = "" if answer.get("created", True) else ", as it was already"
+    key = f"{answer.get('name')}@{answer.get('version')}"
+    open_console().print(escape(f"{key} is on {url}{there}"))
 
 
 @mask_app.command("list")
@@ -196,9 +198,13 @@ def list_(*, url: Url = HERE, admin_key: AdminKey = None) -> None:
     """
     from moescope.clients.mask_http import list_masks
 
+    there = list_masks(url, admin_key)
+    if not there:
+        open_console().print(escape(f"no masks are on {url}"))
+        return
     table = make_table("name", ">version", "note")
-    for item in list_masks(url, admin_key):
-        table.add_row(*(cell_text(item.get(key)) for key in ("name", "version", "note")))
+    for item in there:
+        table.add_row(*(cell_text(item.get(key) or "") for key in ("name", "version", "note")))
     open_console().print(table)
 
 

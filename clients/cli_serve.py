@@ -35,6 +35,13 @@ def serve(
         int | None,
         typer.Option(min=1, help="How many different masks requests can use at once (16)."),
     ] = None,
+    own_mask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="replace|compose",
+            help="Whether a request's own mask replaces the global one (replace) or adds to it.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     api_key: Annotated[
@@ -61,6 +68,7 @@ def serve(
         store=store,
         admin_key=admin_key,
         slots=slots,
+        own_mask=own_mask,
     )
 
 

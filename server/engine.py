@@ -1,6 +1,6 @@
 """What the control plane asks of the engine: remote calls to its workers, typed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -16,6 +16,9 @@ class Engine(Protocol):
 
     async def load_mask(self, slot: int, key: str, mask: Mask) -> bool:
         """Put a mask into a slot; False while requests run under what lies there."""
+
+    async def unload(self, slots: Sequence[int]) -> bool:
+        """Empty these slots; False while requests run under what lies in one, which stays."""
 
     async def set_global(self, key: str | None, mask: Mask | None) -> None:
         """The mask of requests that name none, from the next step on."""
@@ -35,17 +38,23 @@ class VllmEngine:
 
     async def status(self) -> dict[str, Any]:
         """See `Engine`. UnsupportedModelError if the model can't be traced and steered."""
+        from moescope.tracer.worker import joined
+
         answers = await self._call("status")
         for answer in answers:
             if "reason" in answer:
                 raise UnsupportedModelError(answer["reason"])
-        # Under tensor parallelism one worker records and all steer alike.
-        return next((answer for answer in answers if answer["attached"]), answers[0])
+        return joined(answers)
 
     async def load_mask(self, slot: int, key: str, mask: Mask) -> bool:
         """See `Engine`."""
         answers = await self._call("load_mask", slot, key, mask.model_dump(mode="json"))
         return not any(answer.get("busy") for answer in answers)
+
+    async def unload(self, slots: Sequence[int]) -> bool:
+        """See `Engine`."""
+        answers = await self._call("unload_masks", list(slots))
+        return not any(answer["busy"] for answer in answers)
 
     async def set_global(self, key: str | None, mask: Mask | None) -> None:
         """See `Engine`."""
@@ -63,8 +72,9 @@ class VllmEngine:
 
     async def sync(self) -> dict[str, Any]:
         """See `Engine`."""
-        answers = await self._call("sync")
-        return next((answer for answer in answers if answer["attached"]), answers[0])
+        from moescope.tracer.worker import joined
+
+        return joined(await self._call("sync"))
 
     def publish(self, slots: Mapping[str, int]) -> None:
         """See `Engine`."""

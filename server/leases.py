@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from moescope.server.engine import Engine
@@ -22,6 +22,7 @@ class Leases:
         self._engine = engine
         self._book = SlotBook(num_slots)
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._loading = asyncio.Lock()
 
     @property
     def in_use(self) -> dict[str, int]:
@@ -52,6 +53,15 @@ class Leases:
             self._book.release(key)
             self._publish()
 
+    @asynccontextmanager
+    async def without_idle(self) -> AsyncIterator[None]:
+        """Inside the block the engine has the masks that requests hold, and gets no others."""
+        async with self._loading:
+            slots = self._book.drop_idle()
+            if slots:
+                await _insist(lambda: self._engine.unload(slots))
+            yield
+
     def _publish(self) -> None:
         """Only masks that are held may be named: an idle one may lose its slot at any time."""
         held = self._book.leases
@@ -68,18 +78,29 @@ class Leases:
 
     async def _load(self, key: str, slot: int, mask: Mask) -> None:
         try:
-            deadline = time.monotonic() + _BUSY_TIMEOUT_S
-            while not await self._engine.load_mask(slot, key, mask):
-                if time.monotonic() > deadline:
-                    raise SlotsFullError("requests still run in the mask's slot: try again later")
-                await asyncio.sleep(_BUSY_WAIT_S)
+            if not await _insist(lambda: self._load_now(key, slot, mask)):
+                raise SlotsFullError("requests still run in the mask's slot: try again later")
         except BaseException:
             self._book.fail(key)
             raise
         self._book.confirm(key)
         self._book.release(key)
 
+    async def _load_now(self, key: str, slot: int, mask: Mask) -> bool:
+        async with self._loading:
+            return await self._engine.load_mask(slot, key, mask)
+
     def _loaded(self, key: str, done: asyncio.Task[None]) -> None:
         del self._loads[key]
         if not done.cancelled():
             done.exception()  # whoever still waits gets it; if nobody does, it is no news
+
+
+async def _insist(ask: Callable[[], Awaitable[bool]]) -> bool:
+    """Ask until the engine says yes; False if requests run in a slot for too long."""
+    deadline = time.monotonic() + _BUSY_TIMEOUT_S
+    while not await ask():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(_BUSY_WAIT_S)
+    return True

@@ -20,16 +20,19 @@ from moescope.server.errors import refusal
 from moescope.server.plane import Plane
 from moescope.server.routes import CONTROL_PATHS
 from moescope.server.wishes import (
-    MASK_HEADER,
+    HEADERS,
     read_body,
     read_headers,
     read_wishes,
     trace_of,
+    wishes_in,
     write_wishes,
 )
 from moescope.tracer.errors import InputError, MoescopeError
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+# Where vLLM passes a body's vllm_xargs on by itself.
+_XARGS_PATHS = ("/v1/chat/completions/batch", "/v1/messages", "/invocations", "/render")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,10 @@ class SteeringMiddleware:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if scope["type"] == "http" and scope["method"] == "POST" and path in PATHS:
             await self._serve(scope, receive, send)
-        elif _would_be_lost(scope, path):
-            await _refuse_path(scope, receive, send, path)
-        else:
+        elif path.startswith(CONTROL_PATHS) or scope.get("method", "POST") != "POST":
             await self.app(scope, receive, send)
+        else:
+            await self._serve_other(scope, receive, send, path)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         plane: Plane = scope["app"].state.moescope
@@ -77,6 +80,21 @@ class SteeringMiddleware:
             scope = {**scope, "headers": headers.raw}
             echo = _echo(send, plane, passed) if passed.looked else send
             await self.app(scope, _replay(passed.body, receive), echo)
+
+    async def _serve_other(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
+        """Pass a request on that can't have wishes; one that has some is refused."""
+        headers = Headers(scope=scope)
+        lost = [name for name in HEADERS if name in headers]
+        is_json = headers.get("content-type", "").lower().startswith("application/json")
+        if scope["type"] == "http" and is_json and not lost and not path.endswith(_XARGS_PATHS):
+            body = await _read(receive)
+            if body is None:
+                return  # the client has gone
+            lost, receive = wishes_in(body), _replay(body, receive)
+        if lost:
+            await _refuse_path(scope, receive, send, path, lost)
+        else:
+            await self.app(scope, receive, send)
 
 
 async def _prepare(
@@ -136,7 +154,7 @@ def _echo(send: Send, plane: Plane, passed: _Passed) -> Send:
         if message["type"] == "http.response.start" and message["status"] < 400:
             message.setdefault("headers", [])
             headers = MutableHeaders(scope=message)
-            headers["X-Steering-Mask"] = passed.own_mask or plane.global_key
+            headers["X-Steering-Mask"] = plane.in_force(passed.own_mask)
             headers["X-Trace"] = "off" if passed.run is None else "on"
             if passed.run is not None and passed.run.isascii() and passed.run.isprintable():
                 headers["X-Trace-Run"] = passed.run
@@ -145,16 +163,11 @@ def _echo(send: Send, plane: Plane, passed: _Passed) -> Send:
     return echo
 
 
-def _would_be_lost(scope: Scope, path: str) -> bool:
-    """Whether a mask is asked for where nothing serves the header."""
-    if MASK_HEADER not in Headers(scope=scope) or path.startswith(CONTROL_PATHS):
-        return False
-    return scope["type"] == "websocket" or scope["method"] == "POST"
-
-
-async def _refuse_path(scope: Scope, receive: Receive, send: Send, path: str) -> None:
+async def _refuse_path(
+    scope: Scope, receive: Receive, send: Send, path: str, lost: list[str]
+) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": "no steering here"})
         return
-    message = f"{path} can't be steered by the header {MASK_HEADER}: use {', '.join(PATHS)}"
+    message = f"{path} serves no {', '.join(lost)}: use {', '.join(PATHS)}"
     await refusal(InputError(message))(scope, receive, send)

@@ -1,6 +1,6 @@
 """The control plane's answers and requests, as the OpenAPI page shows them."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -120,6 +120,9 @@ class Moe(BaseModel):
     top_k: int
     router: Router
     global_mask: str | None
+    own_mask: Literal["replace", "compose"] = Field(
+        description="Whether a request's own mask replaces the global one or adds to it."
+    )
     slots: Slots
 
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from moescope.server.registry import Registry, StoredMask
 from moescope.server.wishes import check_run
 from moescope.tracer.errors import InputError, MoescopeError, StoreError
 from moescope.tracer.format import ModelFacts
-from moescope.tracer.mask import Mask, RouterSpec, check_mask
+from moescope.tracer.mask import ComposeError, Mask, RouterSpec, check_mask, mask_in_force
 from moescope.tracer.mask_format import NO_MASK
 
 logger = logging.getLogger("moescope")
@@ -47,14 +47,15 @@ class Plane:
         self.facts = ModelFacts.from_json(status["facts"])
         self.spec = RouterSpec(**status["router"])
         self.leases = Leases(engine, status["num_slots"])
+        self.composes: bool = status["composes"]  # own masks are in force with the global one
         self.started: str | None = None  # the run that takes requests which name none
         self._changes = asyncio.Lock()
         self._fitting: set[str] = set()  # keys of masks that were checked: versions never change
 
-    @property
-    def global_key(self) -> str:
-        """What requests are steered by that name no mask."""
-        return self.registry.state.steering or NO_MASK
+    def in_force(self, own: str | None) -> str:
+        """What a request with this mask of its own (None: it says nothing) is steered by now."""
+        key = self.registry.state.steering
+        return mask_in_force(key, own, composes=self.composes) or NO_MASK
 
     def check(self, mask: Mask) -> None:
         """Refuse a mask that does not fit the model."""
@@ -90,7 +91,12 @@ class Plane:
             return await asyncio.to_thread(self.registry.delete, name, who)
 
     async def steer(self, text: str | None, who: str) -> str | None:
-        """Change the global mask to this one, or to none; returns its key."""
+        """Change the global mask to this one, or to none; returns its key.
+
+        ConflictError if own masks compose and one that a request holds can't be in force with it.
+        """
+        if text == NO_MASK:
+            raise InputError("to have no global mask, DELETE /v1/steering")
         async with self._changes:
             stored = None if text is None else self.registry.resolve(text)
             if stored is not None:
@@ -99,15 +105,25 @@ class Plane:
             key = None if stored is None else stored.key
             if key == before:
                 return key
-            await self.engine.set_global(key, None if stored is None else stored.mask)
-            try:
-                await asyncio.to_thread(self.registry.set_steering, key, who)
-            except MoescopeError:
-                # What is not on disk must not stay in force.
-                old = None if before is None else self.registry.resolve(before).mask
-                await self.engine.set_global(before, old)
-                raise
+            async with self.leases.without_idle() if self.composes else nullcontext():
+                await self._set_global(key, None if stored is None else stored.mask)
+                try:
+                    await asyncio.to_thread(self.registry.set_steering, key, who)
+                except MoescopeError:
+                    # What is not on disk must not stay in force.
+                    old = None if before is None else self.registry.resolve(before).mask
+                    await self.engine.set_global(before, old)
+                    raise
             return key
+
+    async def _set_global(self, key: str | None, mask: Mask | None) -> None:
+        try:
+            await self.engine.set_global(key, mask)
+        except ComposeError as error:
+            raise ConflictError(
+                f"{key} can't become the global mask while a request has its own: {error}. Or try "
+                "again when that request has ended"
+            ) from None
 
     def resolve(self, masks: tuple[str, ...]) -> StoredMask | None:
         """The mask that a request names, by one or two names; None for "none"."""

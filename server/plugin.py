@@ -75,6 +75,12 @@ def check_arguments(args: Namespace, admin_key: str | None) -> None:
             f"--api-server-count {args.api_server_count}: the masks' slots are kept by one API "
             "server process; leave the option out"
         )
+    if (args.data_parallel_size or 1) > 1:
+        raise InputError(
+            f"--data-parallel-size {args.data_parallel_size}: vLLM tells the control plane only "
+            "what the first replica answers to a mask. Start a server for each replica, or trace "
+            "and steer them from Python"
+        )
     for option in ("headless", "grpc"):
         if getattr(args, option, False):
             raise InputError(

@@ -172,6 +172,7 @@ async def get_moe(plane: ThePlane) -> Moe:
         | {
             "router": status["router"],
             "global_mask": status["global"],
+            "own_mask": "compose" if plane.composes else "replace",
             "slots": Slots(
                 total=plane.leases.num_slots,
                 in_use=plane.leases.in_use,

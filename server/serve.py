@@ -29,6 +29,7 @@ def serve(
     store: Path | None = None,
     admin_key: str | None = None,
     slots: int | None = None,
+    own_mask: str | None = None,
 ) -> None:
     """Serve a model until the process is told to stop.
 
@@ -39,6 +40,7 @@ def serve(
         store: trace store, made if there is none; without one nothing can be traced.
         admin_key: what control-plane routes ask for; the environment's if not given.
         slots: how many masks requests can use at once.
+        own_mask: whether a request's own mask is to "replace" the global one or "compose" with it.
 
     Raises:
         MoescopeError: the server would be open to others, or the model can't be steered.
@@ -47,14 +49,18 @@ def serve(
     settings = load_server_settings(
         masks=masks.absolute(), admin_key=None if admin_key is None else SecretStr(admin_key)
     )
-    prepare_environment(os.environ, store=store, slots=slots)
+    prepare_environment(os.environ, store=store, slots=slots, own_mask=own_mask)
     load_settings()
     give_settings(settings)
     _run(["--model", model, *options], settings)
 
 
 def prepare_environment(
-    environment: "os._Environ[str] | dict[str, str]", *, store: Path | None, slots: int | None
+    environment: "os._Environ[str] | dict[str, str]",
+    *,
+    store: Path | None,
+    slots: int | None,
+    own_mask: str | None = None,
 ) -> None:
     """Set what vLLM's processes read when they start, and take the admin key out of it."""
     environment.pop(_ADMIN_KEY, None)
@@ -62,6 +68,8 @@ def prepare_environment(
         environment["MOESCOPE_STORE"] = str(store.absolute())
     if slots is not None:
         environment["MOESCOPE_SLOTS"] = str(slots)
+    if own_mask is not None:
+        environment["MOESCOPE_OWN_MASK"] = own_mask
     environment.setdefault("MOESCOPE_STEER", "on")
     # People wait for answers: rather lose rows, and count them, than let them wait for the disk.
     environment.setdefault("MOESCOPE_POLICY", "drop")

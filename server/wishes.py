@@ -16,8 +16,10 @@ from starlette.datastructures import Headers
 
 from moescope.tracer.errors import InputError
 from moescope.tracer.format import DEFAULT_RUN
+from moescope.tracer.request import PREFIX
 
 MASK_HEADER, TRACE_HEADER, RUN_HEADER = "x-steering-mask", "x-trace", "x-trace-run"
+HEADERS = (MASK_HEADER, TRACE_HEADER, RUN_HEADER)
 XARGS = "vllm_xargs"
 MASK, TRACE, RUN = "moescope_mask", "moescope_trace", "moescope_run"
 _TWINS = {MASK_HEADER: MASK, TRACE_HEADER: TRACE, RUN_HEADER: RUN}
@@ -83,6 +85,14 @@ def read_body(body: bytes, said: dict[str, str]) -> dict[str, Any] | None:
             "passed on without"
         )
     return None
+
+
+def wishes_in(body: bytes) -> list[str]:
+    """The names in the body's `vllm_xargs` that are meant for moescope."""
+    if PREFIX.encode() not in body:
+        return []
+    data = read_body(body, {})
+    return [name for name in (data or {}).get(XARGS) or () if name.startswith(PREFIX)]
 
 
 def read_wishes(data: dict[str, Any], said: dict[str, str]) -> Wishes:

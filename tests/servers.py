@@ -19,7 +19,16 @@ class Server:
     """A `moescope serve` process."""
 
     def __init__(
-        self, folder, model, *options, key=None, api_key=None, host="127.0.0.1", name="1", slots=2
+        self,
+        folder,
+        model,
+        *options,
+        key=None,
+        api_key=None,
+        host="127.0.0.1",
+        name="1",
+        slots=2,
+        own_mask=None,
     ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -30,12 +39,16 @@ class Server:
         command = [sys.executable, "-m", "moescope.clients.cli", "serve", str(model)]
         command += ["--masks", str(self.masks), "--store", str(self.store)]
         command += ["--slots", str(slots), "--host", host, "--port", str(self.port)]
+        if own_mask is not None:
+            command += ["--own-mask", own_mask]
         if api_key is not None:
             command += ["--api-key", api_key]
         command += ["--", "--served-model-name", "specimen", "--dtype", "float32"]
         command += ["--enforce-eager", "--max-model-len", "4096", *options]
         environment = os.environ | {
             "MOESCOPE_FLUSH_SECONDS": "0.1",
+            # Or else the engine's output thread starves on cores that OpenMP has pinned.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_LOGGING_LEVEL": "INFO",
         }

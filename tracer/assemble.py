@@ -24,6 +24,7 @@ from moescope.tracer.format import (
     requests_schema,
     tokens_schema,
 )
+from moescope.tracer.mask import mask_in_force
 from moescope.tracer.ring import Rows
 
 Span = tuple[str, int, int]
@@ -40,6 +41,7 @@ class Traced:
     example_id: str | None = None
     condition: str | None = None
     mask: str | None = None
+    composes: bool = False  # its mask is in force together with the global one
     spans: list[Span] | None = None
     stop_ids: list[int] = field(default_factory=list)
     lost_rows: int = 0
@@ -149,11 +151,6 @@ class Assembler:
             segments.spans(traced, rows.position[stop - length : stop])
             for traced, length, stop in zip(ordered, lengths, np.cumsum(lengths), strict=True)
         ]
-        masks = _Dictionary()
-        # Its own mask, or else the global one that was in force.
-        in_force = np.array([masks.code(key) for key in self._globals], np.int32)
-        own = np.repeat([masks.code(traced.mask) for traced in ordered], lengths)
-        mask_codes = np.where(own >= 0, own, in_force[self._global_of[places]])
         columns = [
             pa.DictionaryArray.from_arrays(
                 np.repeat(np.arange(len(ordered), dtype=np.int32), lengths),
@@ -162,7 +159,7 @@ class Assembler:
             pa.array(rows.position),
             pa.array(rows.token),
             segments.array(np.concatenate(segment_codes)),
-            masks.array(mask_codes),
+            self._masks_in_force(ordered, lengths, self._global_of[places]),
             pa.ListArray.from_arrays(
                 offsets, pa.array(rows.experts.ravel()), type=schema.field("expert_ids").type
             ),
@@ -171,6 +168,21 @@ class Assembler:
             ),
         ]
         return pa.Table.from_arrays(columns, schema=schema)
+
+    def _masks_in_force(
+        self, ordered: list[Traced], lengths: list[int], global_of: NDArray[np.int32]
+    ) -> pa.DictionaryArray:
+        """Each row's mask: its request's own, or else the global one, or both."""
+        masks, num_globals = _Dictionary(), len(self._globals)
+        kinds: dict[tuple[str | None, bool], int] = {}
+        kind_of = [kinds.setdefault((t.mask, t.composes), len(kinds)) for t in ordered]
+        pairs = np.repeat(kind_of, lengths) * num_globals + global_of
+        codes, by_number = np.full(len(kinds) * num_globals, -1, np.int32), list(kinds)
+        for pair in np.flatnonzero(np.bincount(pairs)).tolist():
+            kind, at = divmod(pair, num_globals)
+            own, composes = by_number[kind]
+            codes[pair] = masks.code(mask_in_force(self._globals[at], own, composes=composes))
+        return masks.array(codes[pairs])
 
     def _requests_table(self, places: NDArray[Any], counts: dict[int, int]) -> pa.Table:
         positions = self._pool.position[places]

@@ -13,7 +13,7 @@ Within a layer the k experts stand in descending order of gate weight, so that e
 gives equal rows whatever kernel chose it.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,24 @@ class MoeShape:
     def row_bytes(self) -> int:
         """Bytes of one row in the ring."""
         return 12 + self.num_routes * (self.id_dtype.itemsize + 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The part of a pipeline-parallel model that one engine process has: stage `number` of `count`.
+
+    Stages are counted from 1, in the model's order, and only those that have mixture-of-experts
+    layers. `layers` are this one's; those of all stages together are the model's. The files of a
+    stage hold the lists of its own layers (store.py).
+    """
+
+    number: int
+    count: int
+    layers: tuple[int, ...]
+
+    def of(self, whole: MoeShape) -> MoeShape:
+        """The stage's part of the model's shape."""
+        return replace(whole, layers=self.layers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from moescope.tracer.errors import InputError
 from moescope.tracer.format import MoeShape
 from moescope.tracer.mask_format import (
+    NO_MASK,
     Mask,
     MaskEntry,
     MaskSignature,
@@ -35,6 +36,7 @@ __all__ = [
     "ACTIVATE",
     "DEACTIVATE",
     "NONE",
+    "ComposeError",
     "Mask",
     "MaskEntry",
     "MaskSignature",
@@ -45,6 +47,7 @@ __all__ = [
     "compile_mask",
     "compose",
     "make_mask",
+    "mask_in_force",
     "parse_mask",
     "read_mask",
     "write_mask",
@@ -61,6 +64,10 @@ _UNSOUND = {
 
 class SignatureError(InputError):
     """The mask is for a model of another shape."""
+
+
+class ComposeError(InputError):
+    """Two masks, each of them sound, that can't be in force together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +152,17 @@ def compile_mask(mask: Mask, shape: MoeShape) -> MaskTable:
     )
 
 
-def compose(global_table: MaskTable, own_table: MaskTable) -> MaskTable:
-    """The global mask and a request's own, both in force.
+def compose(
+    global_table: MaskTable,
+    own_table: MaskTable,
+    names: tuple[str, str] = ("the global mask", "the request's own"),
+) -> MaskTable:
+    """The global mask and a request's own, both in force; `names` is how errors call them.
 
     Where both name an expert, all of the own mask's actions on it stand and none of the global
     one's. `renormalise` is the own mask's if it says so, and so is `epsilon`.
 
-    Raises InputError when the two are of different modes, or sound each but not together.
+    Raises ComposeError when the two are of different modes, or sound each but not together.
     """
     if not own_table.touched.any():
         return global_table
@@ -159,10 +170,10 @@ def compose(global_table: MaskTable, own_table: MaskTable) -> MaskTable:
         return own_table
     if global_table.steermoe != own_table.steermoe:
         modes = ["steermoe" if t.steermoe else "hard" for t in (global_table, own_table)]
-        raise InputError(
-            f"the global mask is of mode {modes[0]} and the request's own of mode {modes[1]}: they "
-            "can't be in force together. Use one mode for both, or let own masks replace the "
-            "global one"
+        raise ComposeError(
+            f"{names[0]} is of mode {modes[0]} and {names[1]} of mode {modes[1]}: they can't be in "
+            "force together. Use one mode for both, or let own masks replace the global one "
+            "(MOESCOPE_OWN_MASK=replace)"
         )
 
     def both(name: str) -> NDArray[Any]:
@@ -170,7 +181,10 @@ def compose(global_table: MaskTable, own_table: MaskTable) -> MaskTable:
         return np.where(own_table.named, own, base)
 
     action = both("action")
-    _check_counts(action, own_table.shape, "the global mask and the request's own together")
+    try:
+        _check_counts(action, own_table.shape, f"{names[0]} and {names[1]} together")
+    except InputError as error:
+        raise ComposeError(str(error)) from None
     named = global_table.named | own_table.named
     said = own_table.renormalise
     return MaskTable(
@@ -184,6 +198,16 @@ def compose(global_table: MaskTable, own_table: MaskTable) -> MaskTable:
         epsilon=own_table.epsilon,
         renormalise=global_table.renormalise if said is None else said,
     )
+
+
+def mask_in_force(global_key: str | None, own: str | None, *, composes: bool) -> str | None:
+    """What a token is steered by, as traces and answers say it: "GLOBAL+OWN" if it is both.
+
+    `own` is the request's own mask, "none" if it wants none, and None if it says nothing.
+    """
+    if composes and global_key is not None and own not in (None, NO_MASK):
+        return f"{global_key}+{own}"
+    return global_key if own is None else own
 
 
 def _check_signature(mask: Mask, shape: MoeShape) -> None:

@@ -71,8 +71,10 @@ def trace(
 def steer(llm: Any, mask: Mask | None) -> Iterator[None]:
     """Steer the requests of `llm` that name no mask of their own; None is no mask.
 
-    The mask is in force from the next step on, also for requests that run already, and the one
-    from before comes back after the block. Raises InputError if it does not fit the model.
+    Where own masks compose with the global one (MOESCOPE_OWN_MASK), those requests too. The mask is
+    in force from the next step on, also for requests that run already, and the one from before
+    comes back after the block. Raises InputError if it does not fit the model, and ComposeError if
+    it can't be in force together with one of `masks(llm, ...)`.
     """
     before = getattr(llm, "moescope_steered_by", None)
     _set_global(llm, mask)
@@ -102,8 +104,9 @@ def _set_global(llm: Any, mask: Mask | None) -> None:
 def masks(llm: Any, *given: Mask) -> Iterator[None]:
     """Let requests of `llm` name their own masks: `TraceRequest(mask=NAME).extra_args()`.
 
-    Raises InputError if a mask does not fit the model or two have one name, and SlotsFullError if
-    they are more than the engine has slots (MOESCOPE_SLOTS).
+    Raises InputError if a mask does not fit the model or two have one name, ComposeError if one is
+    to be in force together with the global mask (MOESCOPE_OWN_MASK) and can't be, and
+    SlotsFullError if they are more than the engine has slots (MOESCOPE_SLOTS).
     """
     from moescope.tracer.vllm_seam import set_loaded_masks
     from moescope.tracer.worker import call_workers
@@ -157,11 +160,11 @@ def settle(llm: Any) -> dict[str, Any]:
     this process needs one more, empty step.
     """
     from moescope.tracer.vllm_seam import run_empty_step
-    from moescope.tracer.worker import call_workers
+    from moescope.tracer.worker import call_workers, joined
 
     deadline = time.monotonic() + _SETTLE_TIMEOUT_S
     while True:
-        status = call_workers(llm, "sync")[0]
+        status = joined(call_workers(llm, "sync"))
         if not status["live"] + status["steered"] or llm.llm_engine.has_unfinished_requests():
             return status
         if time.monotonic() > deadline:

@@ -45,11 +45,17 @@ class Settings(BaseSettings):
     )
     steer: Literal["auto", "on"] = Field(
         "auto",
-        description="Whether CUDA graphs are captured with the masks' edit, which costs speed: "
-        "`on`, or not. Engines without graphs can always be steered.",
+        description="`on`: CUDA graphs route with moescope's own kernel, which knows masks; "
+        "experts are vLLM's, and weights but for their last bits. `auto`: graphs keep vLLM's "
+        "kernels and can't be steered. Engines without graphs always can.",
     )
     slots: int = Field(
         16, ge=1, le=1024, description="Different masks that requests can be steered by at once."
+    )
+    own_mask: Literal["replace", "compose"] = Field(
+        "replace",
+        description="A request's own mask under a global one: `replace` takes the global one's "
+        "place, `compose` adds to it (docs/masks.md).",
     )
 
 

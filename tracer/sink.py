@@ -3,18 +3,19 @@
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.tracer.detached import Detached
 from moescope.tracer.errors import StoreError, TracerError
-from moescope.tracer.format import ModelFacts
+from moescope.tracer.format import ModelFacts, Stage
 from moescope.tracer.ring import (
     CLOSED,
     DROPPED_REQUESTS,
@@ -85,30 +86,39 @@ class RingSink:
     """The engine's end of the ring, and the owner of the writer process."""
 
     def __init__(
-        self, store: Path, facts: ModelFacts, settings: Settings, *, min_rows: int = 1
+        self,
+        store: Path,
+        facts: ModelFacts,
+        settings: Settings,
+        *,
+        min_rows: int = 1,
+        stage: Stage | None = None,
     ) -> None:
-        """`min_rows`: the ring takes that many at least, whatever its size in the settings."""
+        """`min_rows`: the ring takes that many at least, whatever its size in the settings.
+
+        `facts` are the whole model's; `stage`: of a pipeline, whose layers the rows have.
+        """
+        shape = facts.shape if stage is None else stage.of(facts.shape)
         self._arriving: deque[tuple[int, Arrival | None]] = deque()
         self._block = settings.policy == "block"
         self._warned = False
-        capacity = max((settings.ring_mib << 20) // facts.shape.row_bytes, min_rows)
+        capacity = max((settings.ring_mib << 20) // shape.row_bytes, min_rows)
         message_bytes = 1 << 22
-        self._ring = Ring.create(facts.shape, capacity, message_bytes)
+        self._ring = Ring.create(shape, capacity, message_bytes)
         argument = {
             "fd": self._ring.fd,
             "capacity": capacity,
             "message_bytes": message_bytes,
-            "parent": os.getpid(),
             "store": str(store),
             "facts": facts.to_json(),
+            "stage": None if stage is None else asdict(stage),
             "settings": settings.model_dump(mode="json"),
         }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "moescope.tracer.writer", json.dumps(argument)],
-            pass_fds=[self._ring.fd],
-            start_new_session=True,  # Ctrl-C is for the engine, whose end the writer outlives
-            stdin=subprocess.DEVNULL,
-        )
+        me = os.pidfd_open(os.getpid())
+        argument |= {"engine": me}
+        command = [sys.executable, "-m", "moescope.tracer.writer", json.dumps(argument)]
+        self._process = Detached(command, pass_fds=[self._ring.fd, me])
+        os.close(me)
         deadline = time.monotonic() + _START_TIMEOUT_S
         while self._ring.word(STATE) == STARTING:
             self._check_alive()
@@ -203,6 +213,7 @@ class RingSink:
         self.poll(wait=True)
         self._ring.set_word(CLOSED, 1)
         self._process.wait()
+        self._process.close()
         state, failure = self._ring.word(STATE), self._ring.failure
         self._ring.close()
         if state != FINISHED:
@@ -211,9 +222,7 @@ class RingSink:
     def _warn_once(self) -> None:
         if not self._warned:
             self._warned = True
-            gone = (
-                "" if self._process.poll() is None else ": its writer is gone, restart the engine"
-            )
+            gone = "" if self._process.running() else ": its writer is gone, restart the engine"
             logger.error("the trace store can't keep up, rows are dropped and counted%s", gone)
 
     def _wait_for(self, ready: Any) -> None:
@@ -232,8 +241,8 @@ class RingSink:
             if kind == StoreError.__name__:
                 raise StoreError(message)
             raise TracerError(f"the trace writer failed: {self._ring.failure}")
-        if self._process.poll() is not None:
+        if not self._process.running():
             raise TracerError(
-                f"the trace writer died (exit status {self._process.returncode}); "
-                "restart the engine to trace again, what it had written is whole"
+                "the trace writer died; restart the engine to trace again, what it had written is "
+                "whole"
             )

@@ -5,7 +5,8 @@
                                                        └──────────acquire─────────────┘
 
 An idle mask stays loaded, so that the next request with it waits for nothing, until its slot is
-needed for another: the one that has been idle for longest goes first.
+needed for another: the one that has been idle for longest goes first. Where own masks compose with
+the global one, all idle ones go before that changes.
 """
 
 from collections import OrderedDict
@@ -72,6 +73,13 @@ class SlotBook:
         held.leases -= 1
         if not held.leases:
             self._held.move_to_end(key)
+
+    def drop_idle(self) -> list[int]:
+        """Let go of the masks that no request uses; returns their slots, which are free now."""
+        idle = [key for key, held in self._held.items() if not held.leases]
+        slots = [self._held.pop(key).slot for key in idle]
+        self._free += slots
+        return slots
 
     def _take(self) -> int:
         if self._free:

@@ -6,15 +6,21 @@
     DIR/writers/W.json             counters of the writer W: what it wrote, what was dropped
     DIR/writers/W.lock             held (flock) while W lives
 
+    W is a random name, and pSofN-NAME for stage S of an N-stage pipeline-parallel engine
+
 Every file is written aside under a dotted name, fsynced and renamed, so a reader never sees half
 a file. A writer that was killed leaves at most a tokens file without its twin, which readers pass
 over and the next writer removes. Counters are kept a writer each, not in the manifest: several
 engines may write one store at the same time.
+
+The stages of a pipeline-parallel engine write each their own pairs of files: the same requests and
+positions, and of the layers only their own. Readers join them (analysis/views.py).
 """
 
 import fcntl
 import json
 import os
+import re
 import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -26,14 +32,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moescope.tracer.errors import StoreError
-from moescope.tracer.format import FORMAT_VERSION, ModelFacts, requests_schema, tokens_schema
+from moescope.tracer.format import (
+    FORMAT_VERSION,
+    ModelFacts,
+    Stage,
+    requests_schema,
+    tokens_schema,
+)
 
 _FOLDERS = ("tokens", "requests", "writers")
+_STAGED = re.compile(r"p(\d+)of(\d+)-")
 
 
 @dataclass(slots=True)
 class WriterCounters:
-    """What one writer did to a store. `state` is open, closed or killed."""
+    """What one writer did to a store. `state` is open, closed or killed.
+
+    `layers`: those that the writer has, if not all of the model's.
+    """
 
     writer: str
     state: str = "open"
@@ -44,6 +60,18 @@ class WriterCounters:
     dropped_rows: int = 0
     dropped_requests: int = 0
     bytes: int = 0
+    layers: list[int] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `layers` only if it says something."""
+        out = asdict(self)
+        return out if self.layers else {k: v for k, v in out.items() if k != "layers"}
+
+
+def stage_of(name: str) -> tuple[int, int]:
+    """(stage, stages) of a writer's or a file's name; (1, 1) where one process has all layers."""
+    match = _STAGED.match(name)
+    return (int(match[1]), int(match[2])) if match else (1, 1)
 
 
 def read_manifest(path: Path) -> ModelFacts:
@@ -98,11 +126,24 @@ class StoreWriter:
     Raises StoreError when `path` is not a store and not empty, or is a store of another model.
     """
 
-    def __init__(self, path: Path, facts: ModelFacts, *, writer: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        facts: ModelFacts,
+        *,
+        writer: str | None = None,
+        stage: Stage | None = None,
+    ) -> None:
+        """`facts` are the whole model's; `stage`: of a pipeline, where this is one of several."""
         self.path = path
         self._create_or_match(facts)
-        self.counters = WriterCounters(writer or uuid.uuid4().hex[:12])
-        self._schemas = {"tokens": tokens_schema(facts.shape), "requests": requests_schema()}
+        name, shape = writer or uuid.uuid4().hex[:12], facts.shape
+        self.counters = WriterCounters(name)
+        if stage is not None:
+            shape = stage.of(shape)
+            self.counters.writer = f"p{stage.number}of{stage.count}-{name}"
+            self.counters.layers = list(stage.layers)
+        self._schemas = {"tokens": tokens_schema(shape), "requests": requests_schema()}
         # Locked before it gets its name, so that nobody takes it for a dead writer's.
         lock = path / "writers" / f"{self.counters.writer}.lock"
         aside = lock.with_name(f".{lock.name}")
@@ -201,7 +242,7 @@ class StoreWriter:
 
     def _save_counters(self) -> None:
         file = self.path / "writers" / f"{self.counters.writer}.json"
-        write_json(file, asdict(self.counters))
+        write_json(file, self.counters.to_json())
 
 
 # Chosen by measuring on real routing (docs/experiments.md).
@@ -282,4 +323,4 @@ def _mend_writer(path: Path, writer: str) -> None:
         counters.requests += len(complete)
         counters.incomplete_requests += complete.count(False)
         counters.bytes += file.stat().st_size + tokens.stat().st_size
-    write_json(counters_file, asdict(counters))
+    write_json(counters_file, counters.to_json())

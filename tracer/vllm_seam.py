@@ -1,4 +1,4 @@
-"""The one module that knows vLLM's internals: where routing, steps and requests pass by.
+"""Where routing, steps and requests pass by in vLLM; only this and vllm_model.py know it inside.
 
     InputProcessor.process_inputs   front-end: a request's wishes are checked, so that a bad one is
                                     an error of that request and never of the engine; a traced
@@ -10,6 +10,8 @@
                                     token of the batch is whose
     GPUModelRunner._model_forward   (first runner) the last place before the model runs, where the
     GPUModelRunner.prepare_inputs   (second) batch is known: each token gets its mask's slot
+    GPUModelRunner._sample          (first runner) which drafts of a speculating engine were
+    GPUModelRunner.sample           (second) rejected: only then are their step's rows handed over
     Worker.moescope_*               what `collective_rpc` calls (worker.py)
 
 `install` wraps them once a process and fails if one of them is not there.
@@ -26,13 +28,13 @@ import torch
 from numpy.typing import NDArray
 
 from moescope.tracer.errors import InputError, MoescopeError, UnsupportedModelError
-from moescope.tracer.format import ModelFacts, MoeShape
-from moescope.tracer.mask import RouterSpec
 from moescope.tracer.mask_format import NO_MASK
 from moescope.tracer.recorder import Recorder
 from moescope.tracer.request import RESOLVED, TraceRequest, parse_extra_args
 from moescope.tracer.settings import load_settings
 from moescope.tracer.steering import NO_MASK_SLOT, Steering
+from moescope.tracer.vllm_model import find_runners as find_runners
+from moescope.tracer.vllm_model import locate
 from moescope.tracer.worker import REMOTE, WorkerTracer
 
 SUPPORTED = "0.32"
@@ -49,6 +51,7 @@ def install() -> None:
     Raises MoescopeError, naming the supported versions, when a symbol is missing.
     """
     try:
+        from vllm.model_executor.layers.fused_moe.router import fused_topk_router as plain
         from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
         from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
         from vllm.v1.engine.input_processor import InputProcessor
@@ -57,14 +60,18 @@ def install() -> None:
         from vllm.v1.worker.gpu_worker import Worker
 
         _ = BaseRouter._compute_routing, MoERunner.is_monolithic, MoERunner.layer_id
+        _ = plain.FusedTopKRouter, plain._get_padding_mask
+        _ = plain.vllm_topk_softmax, plain.vllm_topk_sigmoid
         targets = [
             (InputProcessor, "process_inputs", _process_inputs),
             (Worker, "load_model", _load_model),
             (_worker_class(), "compile_or_warm_up_model", _start_engine),
             (RunnerV1, "execute_model", _execute_model_v1),
             (RunnerV1, "_model_forward", _model_forward_v1),
+            (RunnerV1, "_sample", _sample_v1),
             (RunnerV2, "execute_model", _execute_model_v2),
             (RunnerV2, "prepare_inputs", _prepare_inputs_v2),
+            (RunnerV2, "sample", _sample_v2),
         ]
         originals = [getattr(owner, name) for owner, name, _ in targets]
     except (ImportError, AttributeError) as error:
@@ -189,10 +196,12 @@ def _resolve(processor: Any, request: Any) -> None:
         extra_args[RESOLVED] = wishes.model_dump() | {"slot": slot}
     params.extra_args = extra_args or None
     salt = getattr(processor, "moescope_salt", None)
-    if wishes.mask is not None:
-        salt = getattr(processor, "moescope_mask_salts", {}).get(wishes.mask, wishes.mask)
-    elif salt == CHANGING:
+    if salt == CHANGING:
         salt = f"{CHANGING} {uuid.uuid4()}"
+    if wishes.mask is not None:
+        own = getattr(processor, "moescope_mask_salts", {}).get(wishes.mask, wishes.mask)
+        alone = salt is None or wishes.mask == NO_MASK or load_settings().own_mask == "replace"
+        salt = own if alone else f"{own} + {salt}"
     if salt is not None:
         request.cache_salt = f"{request.cache_salt or ''}|moescope:{salt}"
 
@@ -244,10 +253,28 @@ def _start_engine(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(self, *args, **kwargs)
         settings = load_settings()
         if settings.store is not None:
-            self.model_runner.moescope.attach(settings.store, self.rank, settings)
+            self.model_runner.moescope.attach(settings.store, settings)
+        _announce(self.model_runner.moescope, self.vllm_config.compilation_config)
         return result
 
     return compile_or_warm_up_model
+
+
+def _announce(tracer: WorkerTracer, compilation: Any) -> None:
+    """Say once what the engine runs with."""
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.moescope")  # vLLM shows no other's messages
+    if tracer.recorder is None or tracer.steering is None:
+        logger.info_once("moescope is idle: %s", tracer.reason)
+        return
+    steered = {None: "at any time", True: "inside the graphs", False: "off (MOESCOPE_STEER=on)"}
+    logger.info_once(
+        "moescope sees %d MoE layers; CUDA graphs: %s; steering: %s",
+        len(tracer.recorder.facts.shape.layers),
+        compilation.cudagraph_mode.name if compilation.cudagraph_mode else "none",
+        steered[tracer.steering.captured],
+    )
 
 
 def _wrap_routers(model: Any, config: Any, device: torch.device) -> WorkerTracer:
@@ -255,116 +282,114 @@ def _wrap_routers(model: Any, config: Any, device: torch.device) -> WorkerTracer
     from vllm.config import CompilationMode
     from vllm.platforms import current_platform
 
-    runners = find_runners(model)
-    _check_parallel(config.parallel_config)
-    facts = _facts(runners, config)
+    runners, place, spec = locate(model, config, f"vllm {_version()}")
+    shape = place.facts.shape
     max_tokens = config.scheduler_config.max_num_batched_tokens
-    biases = [getattr(r.router, "e_score_correction_bias", None) for r in runners]
+    # A mask is for all layers, whichever of them are this pipeline stage's.
+    biases: list[Any] = [None] * len(shape.layers)
+    for index, runner in enumerate(runners, place.first):
+        biases[index] = getattr(runner.router, "e_score_correction_bias", None)
     settings = load_settings()
     graphs = device.type != "cpu" and config.compilation_config.cudagraph_mode.value != 0
     tracer = WorkerTracer(
-        Recorder(facts, max_tokens, device),
+        Recorder(place.own, max_tokens, device),
         Steering(
-            facts.shape,
-            _spec(runners[0].router),
+            shape,
+            spec,
             biases,
             settings.slots,
             max_tokens,
             device,
             captured=settings.steer == "on" if graphs else None,
         ),
+        place=place,
     )
     traced_by_dynamo = (
         current_platform.is_cpu() and config.compilation_config.mode != CompilationMode.NONE
     )
     wrap = _through_operator if traced_by_dynamo else _directly
     for index, runner in enumerate(runners):
-        compute = runner.router._compute_routing
-        runner.router._compute_routing = functools.wraps(compute)(wrap(compute, tracer, index))
+        original = runner.router._compute_routing
+        replaced = _fused(runner.router, tracer, index)
+        if replaced is None:
+            replaced = wrap(_into_room(runner.router, tracer, index) or original, tracer, index)
+        runner.router._compute_routing = functools.wraps(original)(replaced)
     return tracer
 
 
-def find_runners(model: Any) -> list[Any]:
-    """The model's MoE layers, by their number; UnsupportedModelError if one can't be traced."""
-    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+def _fused(router: Any, tracer: WorkerTracer, index: int) -> Callable[..., Any] | None:
+    """One kernel of ours in place of the router's, if the engine's graphs can be steered.
 
-    runners = sorted(
-        (module for module in model.modules() if isinstance(module, MoERunner)),
-        key=lambda runner: runner.layer_id,
+    A mask's kernel after the router's would cost its launch in every layer (docs/benchmarks.md).
+    None for routers that differ from what the kernel does, and without graphs, where tokens that
+    no mask touches should keep vLLM's own routing to the last bit.
+    """
+    from vllm.model_executor.layers.fused_moe.router import fused_topk_router as plain
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
+        FusedTopKBiasRouter,
     )
-    if not runners:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no mixture-of-experts layers that vLLM routes, so there "
-            "is no routing to trace: choose a mixture-of-experts model"
+    from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
+    from vllm.platforms import current_platform
+
+    assert tracer.steering is not None
+    known = plain.FusedTopKRouter, FusedTopKBiasRouter, GroupedTopKRouter
+    if type(router) not in known or not (tracer.steering.always and current_platform.is_cuda()):
+        return None
+    if tracer.steering.shape.num_experts % tracer.steering.spec.num_groups:
+        return None
+    original = router._compute_routing
+    pads = getattr(router, "skip_padding", True)
+
+    def compute_routing(
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        indices_type: torch.dtype | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = len(hidden_states)
+        routed = tracer.route_alone(
+            index, router_logits, plain._get_padding_mask(tokens) if pads else None
         )
-    for runner in runners:
-        if runner.is_monolithic:
-            raise UnsupportedModelError(
-                f"layer {runner.layer_id} chooses its experts inside a monolithic kernel "
-                f"({type(runner._quant_method).__name__}), where the routing can't be seen: start "
-                "vLLM with another --moe-backend (for example triton) or an unquantised model"
-            )
-        if not isinstance(runner.router, BaseRouter):
-            raise UnsupportedModelError(
-                f"layer {runner.layer_id} routes by {type(runner.router).__name__}, which moescope "
-                "does not know"
-            )
-        if getattr(runner.router, "num_fused_shared_experts", 0):
-            raise UnsupportedModelError(
-                f"layer {runner.layer_id} routes its shared experts together with the others "
-                "(fused shared experts), which moescope can't tell apart: switch that off"
-            )
-    return runners
+        if routed is None:
+            weights, ids = original(hidden_states, router_logits, indices_type, **kwargs)
+            return tracer.route(index, router_logits, weights, ids)
+        weights, ids = routed
+        return weights, ids if indices_type is None else ids.to(indices_type)
+
+    return compute_routing
 
 
-def _check_parallel(parallel: Any) -> None:
-    for name in ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"):
-        if getattr(parallel, name, 1) > 1:
-            raise UnsupportedModelError(
-                f"tracing with {name} = {getattr(parallel, name)} is not supported yet: set it "
-                "to 1, or run several engines that write to one store"
-            )
+def _into_room(router: Any, tracer: WorkerTracer, index: int) -> Callable[..., Any] | None:
+    """The router's `_compute_routing`, but for where the kernel leaves the result.
 
+    vLLM's kernel of plain routers writes into tensors that it is given: given the recorder's own,
+    recording costs nothing. None for other routers, whose results are copied.
+    """
+    from vllm.model_executor.layers.fused_moe.router import fused_topk_router as plain
+    from vllm.platforms import current_platform
 
-def _facts(runners: list[Any], config: Any) -> ModelFacts:
-    shapes = {(r.moe_config.num_logical_experts, r.router.top_k) for r in runners}
-    if len(shapes) > 1:
-        raise UnsupportedModelError(
-            f"the MoE layers differ in (experts, top-k): {sorted(shapes)}; only models with one "
-            "shape in all layers can be traced"
-        )
-    [(num_experts, top_k)] = shapes
-    layers = tuple(int(runner.layer_id) for runner in runners)
-    model, router = config.model_config, runners[0].router
-    return ModelFacts(
-        model=str(model.model),
-        revision=model.revision,
-        architecture=model.architectures[0],
-        dtype=str(model.dtype).removeprefix("torch."),
-        shape=MoeShape(layers, int(num_experts), int(top_k)),
-        scoring=str(getattr(router, "scoring_func", "softmax")),
-        renormalize=bool(getattr(router, "renormalize", False)),
-        engine=f"vllm {_version()}",
-    )
+    if type(router) is not plain.FusedTopKRouter or not current_platform.is_cuda():
+        return None
+    original = router._compute_routing
+    kernel = {"softmax": plain.vllm_topk_softmax, "sigmoid": plain.vllm_topk_sigmoid}[
+        router.scoring_func
+    ]
 
+    def compute_routing(
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        indices_type: torch.dtype | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert tracer.recorder is not None
+        room = tracer.recorder.room(index, len(hidden_states))
+        if room is None or indices_type not in (None, torch.int32):
+            return original(hidden_states, router_logits, indices_type, **kwargs)
+        weights, ids = room
+        kernel(weights, ids, torch.empty_like(ids), router_logits, router.renormalize)
+        return weights, ids
 
-def _spec(router: Any) -> RouterSpec:
-    """How a router scores and chooses, as far as masks need to know."""
-    custom = getattr(router, "custom_routing_function", None) is not None
-    hashed = getattr(router, "_hash_indices_table", None) is not None
-    scoring: Any = getattr(router, "scoring_func", "softmax")
-    grouped = getattr(router, "use_grouped_topk", hasattr(router, "num_expert_group"))
-    biased = getattr(router, "e_score_correction_bias", None) is not None
-    return RouterSpec(
-        scoring="hash" if hashed else "custom" if custom else scoring,
-        renormalize=scoring == "sqrtsoftplus" or bool(getattr(router, "renormalize", False)),
-        num_groups=int(router.num_expert_group) if grouped else 1,
-        topk_groups=int(router.topk_group) if grouped else 1,
-        correction_bias=biased,
-        # Plain softmax routers hold a factor and do not apply it.
-        scaling=float(getattr(router, "routed_scaling_factor", 1.0)) if grouped or biased else 1.0,
-    )
+    return compute_routing
 
 
 def _directly(compute: Callable[..., Any], tracer: WorkerTracer, index: int) -> Callable[..., Any]:
@@ -424,15 +449,18 @@ def _route_fake(
 def _execute_model_v1(original: Callable[..., Any]) -> Callable[..., Any]:
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         tracer: WorkerTracer = self.moescope
-        _requests_change(tracer, scheduler_output)
+        _requests_change(tracer, scheduler_output, self.speculative_config is not None)
         if tracer.idle:
             return original(self, scheduler_output, *args, **kwargs)
-        self.moescope_scheduled = scheduler_output.num_scheduled_tokens
+        self.moescope_scheduled = scheduler_output.total_num_scheduled_tokens
         result = _run(tracer, original, self, scheduler_output, *args, **kwargs)
         if self.moescope_scheduled:
-            batch = _batch_v1(self)
-            tracer.after_step(*batch, self.input_ids.gpu, self.positions)
-        self.moescope_scheduled = None
+            step = (*_batch_v1(self), self.input_ids.gpu, self.positions)
+            if scheduler_output.scheduled_spec_decode_tokens:
+                self.moescope_drafted = step
+            else:
+                tracer.after_step(*step)
+        self.moescope_scheduled = 0
         return result
 
     return execute_model
@@ -440,7 +468,7 @@ def _execute_model_v1(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _model_forward_v1(original: Callable[..., Any]) -> Callable[..., Any]:
     def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, "moescope_scheduled", None):  # not in a dummy run
+        if getattr(self, "moescope_scheduled", 0):  # not in a dummy run
             self.moescope.before_forward(*_batch_v1(self))
         return original(self, *args, **kwargs)
 
@@ -448,9 +476,43 @@ def _model_forward_v1(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _batch_v1(runner: Any) -> tuple[list[str], NDArray[np.int32]]:
-    """The batch's requests in the order of their tokens, and how many each has."""
-    ids, scheduled = runner.input_batch.req_ids, runner.moescope_scheduled
-    return ids, np.array([scheduled[request_id] for request_id in ids], np.int32)
+    """The batch's requests in the order of their tokens, and how many each has.
+
+    What was scheduled may hold more: the runner leaves out drafts that there are not.
+    """
+    ids = list(runner.input_batch.req_ids)
+    return ids, np.diff(runner.query_start_loc.np[: len(ids) + 1])
+
+
+def _sample_v1(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sample(self: Any, logits: Any, drafts: Any) -> Any:
+        output = original(self, logits, drafts)
+        step = self.__dict__.pop("moescope_drafted", None)
+        if step is not None:
+            tokens = output.sampled_token_ids
+            num_sampled = ((tokens >= 0) & (tokens < self.input_batch.vocab_size)).sum(1)
+            drafted = drafts.cu_num_draft_tokens
+            num_drafts = drafted.diff(prepend=torch.zeros_like(drafted[:1]))
+            rejected = torch.where(num_drafts > 0, num_drafts + 1 - num_sampled, 0)
+            _hand_over_accepted(self.moescope, step, self.query_start_loc.gpu, rejected)
+        return output
+
+    return sample
+
+
+def _hand_over_accepted(
+    tracer: WorkerTracer, step: tuple[Any, ...], starts: torch.Tensor, rejected: torch.Tensor
+) -> None:
+    """Hand over a step, with position -1 for drafts that were rejected.
+
+    `starts` [>= requests + 1] says where each request's tokens begin, and `rejected` [requests] how
+    many of its last ones were drafts in vain. Nothing here waits for the device.
+    """
+    ids, counts, tokens, positions = step
+    total, starts = int(counts.sum()), starts[: len(ids) + 1]
+    ends = (starts[1:] - rejected).repeat_interleave(starts.diff(), output_size=total)
+    rows = torch.arange(total, device=positions.device)
+    tracer.after_step(ids, counts, tokens, torch.where(rows < ends, positions[:total], -1))
 
 
 def _execute_model_v2(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -465,13 +527,17 @@ def _execute_model_v2(original: Callable[..., Any]) -> Callable[..., Any]:
         arguments = (self, scheduler_output, intermediate_tensors, dummy_run)
         if dummy_run:
             return original(*arguments, **kwargs)
-        _requests_change(tracer, scheduler_output)
+        _requests_change(tracer, scheduler_output, self.speculative_config is not None)
         if tracer.idle:
             return original(*arguments, **kwargs)
         result = _run(tracer, original, *arguments, **kwargs)
         if scheduler_output.total_num_scheduled_tokens:
             batch = self.execute_model_state.input_batch
-            tracer.after_step(*_batch_v2(batch), batch.input_ids, batch.positions)
+            step = (*_batch_v2(batch), batch.input_ids, batch.positions)
+            if batch.num_draft_tokens:
+                self.moescope_drafted = step
+            else:
+                tracer.after_step(*step)
         return result
 
     return execute_model
@@ -491,6 +557,17 @@ def _batch_v2(batch: Any) -> tuple[list[str], NDArray[np.int32]]:
     return batch.req_ids, np.diff(batch.query_start_loc_np[: batch.num_reqs + 1])
 
 
+def _sample_v2(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sample(self: Any, hidden_states: Any, batch: Any, *args: Any) -> Any:
+        output, num_sampled, rejected = original(self, hidden_states, batch, *args)
+        step = self.__dict__.pop("moescope_drafted", None)
+        if step is not None:
+            _hand_over_accepted(self.moescope, step, batch.query_start_loc, rejected)
+        return output, num_sampled, rejected
+
+    return sample
+
+
 def _run(tracer: WorkerTracer, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     global _running
     _running = tracer
@@ -500,7 +577,7 @@ def _run(tracer: WorkerTracer, step: Callable[..., Any], *args: Any, **kwargs: A
         _running = None
 
 
-def _requests_change(tracer: WorkerTracer, scheduler_output: Any) -> None:
+def _requests_change(tracer: WorkerTracer, scheduler_output: Any, speculates: bool) -> None:
     """Tell the tracer which requests ended before this step, and which begin with it.
 
     Also while nothing is traced or steered: a request that wants no mask is to have none when a
@@ -517,4 +594,7 @@ def _requests_change(tracer: WorkerTracer, scheduler_output: Any) -> None:
             stop_ids = set(params.stop_token_ids or ())
             if not params.ignore_eos and params.eos_token_id is not None:
                 stop_ids.add(params.eos_token_id)
-            tracer.begin(request.req_id, dict(resolved), request.prompt_len, sorted(stop_ids))
+            more: dict[str, Any] = {"stop_ids": sorted(stop_ids)}
+            if speculates:
+                more["speculation"] = params.max_tokens, params.min_tokens
+            tracer.begin(request.req_id, dict(resolved), request.prompt_len, **more)

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from moescope.tracer import errors
 from moescope.tracer import mask as masks
 from moescope.tracer.errors import InputError, MoescopeError, TracerError, UnsupportedModelError
+from moescope.tracer.format import ModelFacts
 from moescope.tracer.recorder import Recorder
 from moescope.tracer.request import TraceRequest
 from moescope.tracer.settings import Settings, load_settings
 from moescope.tracer.sink import NullSink, RingSink
 from moescope.tracer.steering import Steering
+from moescope.tracer.vllm_model import Place
 
 NO_PLUGIN = (
     "this engine runs without moescope's vLLM plugin: either VLLM_PLUGINS is set and does not name "
@@ -33,9 +35,22 @@ class WorkerTracer:
     """Tracing and steering of one worker's model, or the reason why it can be neither."""
 
     def __init__(
-        self, recorder: Recorder | None, steering: Steering | None, reason: str = ""
+        self,
+        recorder: Recorder | None,
+        steering: Steering | None,
+        reason: str = "",
+        *,
+        place: Place | None = None,
     ) -> None:
         self.recorder, self.steering, self.reason = recorder, steering, reason
+        self._place = place
+        self._first = 0 if place is None else place.first
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The whole model's, of which this worker may have a pipeline stage."""
+        recorder, _ = self.demand()
+        return recorder.facts if self._place is None else self._place.facts
 
     @property
     def idle(self) -> bool:
@@ -57,16 +72,26 @@ class WorkerTracer:
         steering.finish(request_ids)
 
     def begin(
-        self, request_id: str, resolved: dict[str, Any], prompt_tokens: int, stop_ids: list[int]
+        self, request_id: str, resolved: dict[str, Any], prompt_tokens: int, **more: Any
     ) -> None:
-        """A request that is to be traced or steered, or both, begins with this step."""
+        """A request that is to be traced or steered, or both, begins with this step.
+
+        `more` are fields of `Traced` (assemble.py), and `speculation`: what `writer.Drafts.begin`
+        is to know.
+        """
         recorder, steering = self.demand()
         slot = resolved.pop("slot", None)
         wishes = TraceRequest.model_validate(resolved)
         if slot is not None and wishes.mask is not None:
             steering.begin(request_id, slot, wishes.mask)
         if wishes.trace:
-            recorder.begin(request_id, wishes, prompt_tokens, stop_ids=stop_ids)
+            recorder.begin(
+                request_id,
+                wishes,
+                prompt_tokens,
+                composes=steering.composes,
+                **more,
+            )
 
     def before_forward(self, request_ids: Sequence[str], counts: NDArray[Any]) -> None:
         """The step's tokens are known, and the model has not run."""
@@ -89,18 +114,34 @@ class WorkerTracer:
         """What a layer's router decided, steered and recorded."""
         assert self.recorder is not None and self.steering is not None  # noqa: PT018
         if self.steering.active or self.steering.always:
-            weights, ids = self.steering.route(layer, logits, weights, ids)
+            room = self.recorder.room(layer, len(ids))
+            weights, ids = self.steering.route(self._first + layer, logits, weights, ids, room)
         self.recorder.record(layer, weights, ids)
         return weights, ids
 
-    def attach(self, store: Path | None, rank: int, settings: Settings) -> None:
-        """Trace into `store`. Under tensor parallelism all ranks route alike, and one records."""
+    def route_alone(
+        self, layer: int, logits: torch.Tensor, padding: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A layer's routing without vLLM's, steered and recorded; see `kernels.route`.
+
+        None if there are more tokens than buffers.
+        """
+        assert self.recorder is not None and self.steering is not None  # noqa: PT018
+        room = self.recorder.room(layer, len(logits))
+        if room is not None:
+            self.steering.route_alone(self._first + layer, logits, padding, room)
+        return room
+
+    def attach(self, store: Path | None, settings: Settings) -> None:
+        """Trace into `store`, if this worker is one that records (`Place`)."""
         recorder, _ = self.demand()
-        if rank != 0 or store is None:
+        place = self._place
+        if store is None or (place is not None and not place.records):
             recorder.attach(NullSink())
-        else:
-            rows = len(recorder.experts)
-            recorder.attach(RingSink(store, recorder.facts, settings, min_rows=rows))
+            return
+        stage = None if place is None else place.stage
+        rows = recorder.max_tokens
+        recorder.attach(RingSink(store, self.facts, settings, min_rows=rows, stage=stage))
 
 
 # Remote calls. An error of ours travels back as a value: vLLM would keep only its text.
@@ -128,6 +169,17 @@ def check_answers(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return answers
 
 
+def joined(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """One status of all workers: several record in a pipeline, one does elsewhere."""
+    one = next((answer for answer in answers if answer["attached"]), answers[0])
+    return one | {
+        "live": max(answer["live"] for answer in answers),
+        "steered": max(answer["steered"] for answer in answers),
+        "dropped_rows": sum(answer["dropped_rows"] for answer in answers),
+        "silence": next((a["silence"] for a in answers if a["silence"]), None),
+    }
+
+
 def _answer(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     @functools.wraps(method)
     def answer(self: Any, *args: Any) -> dict[str, Any]:
@@ -152,8 +204,8 @@ def moescope_start(self: Any, store: str | None, settings: dict[str, Any]) -> di
             "this engine is tracing already: leave the other `with trace(...)` first, or unset "
             "MOESCOPE_STORE"
         )
-    tracer.attach(None if store is None else Path(store), self.rank, load_settings(**settings))
-    return recorder.facts.to_json()
+    tracer.attach(None if store is None else Path(store), load_settings(**settings))
+    return tracer.facts.to_json()
 
 
 @_answer
@@ -182,11 +234,16 @@ def moescope_load_mask(self: Any, slot: int, key: str, mask: dict[str, Any]) -> 
 
 
 @_answer
-def moescope_unload_masks(self: Any) -> dict[str, Any]:
-    """Empty the slots of requests' own masks; TracerError while requests run under one."""
+def moescope_unload_masks(self: Any, slots: list[int] | None = None) -> dict[str, Any]:
+    """Empty these slots of requests' own masks; {"busy": True} while requests run in one.
+
+    None is all of them, and then a request that runs is a TracerError.
+    """
     _, steering = self.model_runner.moescope.demand()
-    steering.unload_all()
-    return {}
+    if slots is None:
+        steering.unload_all()
+        return {"busy": False}
+    return {"busy": not steering.unload(slots)}
 
 
 @_answer
@@ -211,9 +268,10 @@ def _status(worker: Any) -> dict[str, Any]:
     recorder, steering = worker.model_runner.moescope.demand()
     slots = {slot: key for slot, key in steering.keys.items() if slot > 0}
     return {
-        "facts": recorder.facts.to_json(),
+        "facts": worker.model_runner.moescope.facts.to_json(),
         "router": asdict(steering.spec),
         "num_slots": steering.num_slots,
+        "composes": steering.composes,
         "slots": slots,
         "steered": steering.num_requests,
         "global": steering.global_key,

@@ -1,10 +1,12 @@
 """The writer process: takes rows out of the ring and appends whole files to the store.
 
-    python -m moescope.tracer.writer '{"fd": 7, "parent": 4242, ...}'   (started by sink.py)
+    python -m moescope.tracer.writer '{"fd": 7, "engine": 8, ...}'   (started by sink.py)
 
 A process and not a thread, since the engine's Python is the bottleneck of decoding. It outlives
 the engine by as long as it needs: when the engine is gone, however it died, the rows in the ring
 are still there; requests that were finished are written, the others are given up.
+
+A speculating engine computes tokens that may not be its requests': `Drafts` keeps their rows out.
 """
 
 import json
@@ -13,13 +15,16 @@ import signal
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from moescope.tracer.assemble import Assembler, Traced
-from moescope.tracer.format import ModelFacts
+from moescope.tracer.detached import has_ended
+from moescope.tracer.format import ModelFacts, MoeShape, Stage
 from moescope.tracer.ring import (
     CLOSED,
     DROPPED_REQUESTS,
@@ -42,23 +47,72 @@ _IDLE_SLEEP_S, _BUSY_SLEEP_S = 0.02, 0.01
 _BITE_ROWS = 8192
 
 
+@dataclass(slots=True)
+class _End:
+    """Where a request of a speculating engine ends: no row has position `limit` or a later one.
+
+    Known from the start is what its wishes allow. The limit falls to the position of the first stop
+    token that the model gave, from position `stops_from` on.
+    """
+
+    limit: float
+    stops_from: int
+    stop_ids: list[int]
+
+
+class Drafts:
+    """Which rows of a speculating engine are their requests' own.
+
+    A draft that was rejected has position -1 (vllm_seam.py). Of those that were accepted in a
+    request's last step, some may lie behind its end: without speculation they had not been
+    computed, and nor had the last token itself, be it the last by number or a stop token.
+    """
+
+    def __init__(self) -> None:
+        self._ends: dict[int, _End] = {}
+
+    def begin(self, traced: Traced, max_tokens: int | None, min_tokens: int) -> None:
+        """A request gives `max_tokens` at most, and the `min_tokens`-th is the first to stop it."""
+        limit = np.inf if max_tokens is None else traced.prompt_tokens + max_tokens - 1
+        stops_from = traced.prompt_tokens + max(min_tokens, 1) - 1
+        self._ends[traced.request] = _End(limit, stops_from, traced.stop_ids)
+
+    def finish(self, request: int) -> None:
+        """A request has no more rows."""
+        self._ends.pop(request, None)
+
+    def leave_out(self, rows: Rows) -> Rows:
+        """The rows that are their requests' own; they must come in order."""
+        if not self._ends:
+            return rows
+        keep = rows.position >= 0
+        for request in np.unique(rows.request).tolist():
+            if (end := self._ends.get(request)) is None:
+                continue
+            mine = np.flatnonzero((rows.request == request) & keep)
+            positions = rows.position[mine]
+            stops = (positions >= end.stops_from) & np.isin(rows.token[mine], end.stop_ids)
+            end.limit = min([end.limit, *positions[stops].tolist()])
+            keep[mine[positions >= end.limit]] = False
+        return rows[keep]
+
+
 class Writer:
     """The loop between the ring and the store."""
 
-    def __init__(self, ring: Ring, store: StoreWriter, facts: ModelFacts, settings: Settings):
+    def __init__(self, ring: Ring, store: StoreWriter, shape: MoeShape, settings: Settings):
         self.ring, self.store, self.settings = ring, store, settings
-        self.assembler = Assembler(
-            facts.shape, memory_bytes=settings.writer_mib << 20, spill=store.path
-        )
+        self.assembler = Assembler(shape, memory_bytes=settings.writer_mib << 20, spill=store.path)
+        self._drafts = Drafts()
         self._taken = ring.word(HEAD)  # rows taken out of the ring so far
         self._pending: deque[dict[str, Any]] = deque()  # messages behind rows still in the ring
         self._committed_at = time.monotonic()
 
-    def run(self, parent: int) -> None:
-        """Work until the engine closes the ring or is gone."""
+    def run(self, engine: int) -> None:
+        """Work until the engine closes the ring or is gone; `engine`: its `os.pidfd_open`."""
         while True:
             # Read before draining: what was sent before the end is then seen.
-            ended = self.ring.word(CLOSED) or os.getppid() != parent
+            ended = self.ring.word(CLOSED) or has_ended(engine)
             asked = self.ring.word(SYNC_ASKED)
             moved = self.drain()
             if moved == _BITE_ROWS:
@@ -74,19 +128,27 @@ class Writer:
 
     def drain(self) -> int:
         """Take messages and at most `_BITE_ROWS` rows out of the ring; returns the rows."""
+        blocks = self.ring.available()  # first: what begins these rows' requests is then there too
         for message in self.ring.receive():
             if message["op"] == "begin":
-                self.assembler.begin(Traced(**{k: v for k, v in message.items() if k != "op"}))
+                self._begin(message)
             else:
                 self._pending.append(message)
         moved = 0
-        for block in self.ring.available():
+        for block in blocks:
             bite = block[: _BITE_ROWS - moved]
             self._add(bite)
             self.ring.release(len(bite))
             moved += len(bite)
         self._apply()
         return moved
+
+    def _begin(self, message: dict[str, Any]) -> None:
+        speculation = message.pop("speculation", None)
+        traced = Traced(**{k: v for k, v in message.items() if k != "op"})
+        self.assembler.begin(traced)
+        if speculation is not None:
+            self._drafts.begin(traced, *speculation)
 
     def _add(self, rows: Rows) -> None:
         """Add rows, applying each message behind the last row that came before it."""
@@ -96,7 +158,7 @@ class Writer:
             until = len(rows)
             if self._pending:
                 until = min(until, done + self._pending[0]["rows_before"] - self._taken)
-            self.assembler.add(rows[done:until])
+            self.assembler.add(self._drafts.leave_out(rows[done:until]))
             self._taken += until - done
             done = until
 
@@ -106,6 +168,7 @@ class Writer:
             if message["op"] == "mask":
                 self.assembler.mask_changes(message["mask"])
             else:
+                self._drafts.finish(message["request"])
                 self.assembler.finish(message["request"], message["lost_rows"])
 
     def commit(self) -> None:
@@ -136,16 +199,20 @@ def main(argument: str) -> None:
     pa.set_cpu_count(1)
     os.nice(10)
     given = json.loads(argument)
-    facts = ModelFacts.from_json(given["facts"])
-    ring = Ring(given["fd"], facts.shape, given["capacity"], given["message_bytes"])
+    facts, stage = ModelFacts.from_json(given["facts"]), None
+    shape = facts.shape
+    if given["stage"] is not None:
+        stage = Stage(**given["stage"] | {"layers": tuple(given["stage"]["layers"])})
+        shape = stage.of(shape)
+    ring = Ring(given["fd"], shape, given["capacity"], given["message_bytes"])
     # The engine's settings as they are: this process must not read the environment anew.
     settings = Settings.model_construct(
         **{name: given["settings"][name] for name in ("writer_mib", "file_rows", "flush_seconds")}
     )
     try:
-        with StoreWriter(Path(given["store"]), facts) as store:
+        with StoreWriter(Path(given["store"]), facts, stage=stage) as store:
             ring.set_word(STATE, RUNNING)
-            Writer(ring, store, facts, settings).run(given["parent"])
+            Writer(ring, store, shape, settings).run(given["engine"])
         ring.set_word(STATE, FINISHED)
     except Exception as error:
         ring.fail(f"{type(error).__name__}: {error}")

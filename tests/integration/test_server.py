@@ -195,27 +195,18 @@ def open_stream(server, mask, **fields):
     return stream
 
 
-def refused_while_two_masks_run(server):
-    """With both slots held by streams, a third mask is refused; False if a stream had ended."""
-    # Long enough to run until they are closed. Yet the HTTP process may deliver a stream's first
-    # events only after the last were computed.
-    long = {"max_tokens": 2000}
+def test_no_free_slot_is_429_and_a_client_that_goes_frees_its(server):
+    long = {"max_tokens": 2000}  # they run until they are closed
     with (
         closing(open_stream(server, "calm", **long)),
         closing(open_stream(server, "storm", **long)),
     ):
-        if server.slots_in_use() != {"calm@1": 1, "storm@1": 1}:
-            return False
+        assert server.slots_in_use() == {"calm@1": 1, "storm@1": 1}
         assert server.complete("calm")[0]["x-steering-mask"] == "calm@1"
         with pytest.raises(openai.RateLimitError) as error:
             server.complete("third")
         assert error.value.response.headers["retry-after"] == "1"
         assert server.complete()[0]["x-steering-mask"] == "none"
-        return True
-
-
-def test_no_free_slot_is_429_and_a_client_that_goes_frees_its(server):
-    assert any(refused_while_two_masks_run(server) for _ in range(6))
     deadline = time.monotonic() + 10
     while server.slots_in_use():
         assert time.monotonic() < deadline
@@ -258,49 +249,38 @@ def test_a_mask_that_is_deleted_steers_to_the_end_of_its_requests(server):
     assert not np.isin(experts, [7, 8]).any()
 
 
-def change_while_it_runs(server, example):
-    """Steer globally in the middle of a long request; False if it had ended by then.
-
-    The HTTP process may deliver the first events of a stream only after the last were computed.
-    """
-    server.admin.delete("/v1/steering")
-    trace = {"vllm_xargs": {"moescope_example_id": example, "moescope_run": "run"}}
-    events = iter(open_stream(server, None, max_tokens=2000, **trace))
-    for _ in range(10):
-        next(events)
-    changed = time.monotonic()
-    assert server.admin.put("/v1/steering", json={"mask": "storm"}).json() == {"mask": "storm@1"}
-    for _ in events:
-        pass
-    return time.monotonic() - changed > 1
+def masks_of(server, example):
+    """What the trace says was in force, token by token."""
+    rows = open_store(server.store).execute(
+        "SELECT tokens.mask FROM tokens JOIN requests USING (request_id) "
+        "WHERE example_id = ? ORDER BY position",
+        [example],
+    )
+    return [mask for (mask,) in rows.fetchall()]
 
 
 def test_the_global_mask_reaches_running_requests(server):
     server.complete("none", "unsteered", max_tokens=60)
-    attempts = (f"running{attempt}" for attempt in range(5))
-    running = next(name for name in attempts if change_while_it_runs(server, name))
+    trace = {"vllm_xargs": {"moescope_example_id": "running", "moescope_run": "run"}}
+    events = iter(open_stream(server, None, max_tokens=1000, **trace))
+    for _ in range(10):
+        next(events)
+    assert server.admin.put("/v1/steering", json={"mask": "storm"}).json() == {"mask": "storm@1"}
+    for _ in events:
+        pass
     assert server.complete()[0]["x-steering-mask"] == "storm@1"
     assert server.complete("none", "not-even-that")[0]["x-steering-mask"] == "none"
     server.complete(None, "under-storm")
     server.complete("calm", "under-calm")
-    rows = server.rows([running, "unsteered", "not-even-that", "under-storm", "under-calm"])
-    in_force = (
-        open_store(server.store)
-        .execute(
-            "SELECT tokens.mask FROM tokens JOIN requests USING (request_id) "
-            "WHERE example_id = ? ORDER BY position",
-            [running],
-        )
-        .fetchall()
-    )
-    steered = np.array([mask == "storm@1" for (mask,) in in_force])
-    assert len(steered) == len(PROMPT) + 2000 - 1
+    rows = server.rows(["running", "unsteered", "not-even-that", "under-storm", "under-calm"])
+    steered = np.array([mask == "storm@1" for mask in masks_of(server, "running")])
+    assert len(steered) == len(PROMPT) + 1000 - 1
     # One change, while it ran, from the token on of which the trace says so.
     assert not steered[:10].any()
     assert np.count_nonzero(np.diff(steered.astype(int))) == 1
     assert steered[-1]
-    assert not np.isin(rows[running][steered], [4, 5]).any()
-    assert np.isin(rows[running][~steered], [4, 5]).any()
+    assert not np.isin(rows["running"][steered], [4, 5]).any()
+    assert np.isin(rows["running"][~steered], [4, 5]).any()
     assert not np.isin(rows["under-storm"], [4, 5]).any()
     assert not np.isin(rows["under-calm"], [1, 2, 3]).any()
     size = len(rows["not-even-that"])
@@ -399,6 +379,84 @@ def test_the_log_replays_to_the_state(restarted):
     who = {line["who"] for line in lines}
     assert "loopback" in who
     assert any(name.startswith("key:") for name in who)
+
+
+@pytest.fixture(scope="module")
+def composing(specimen, tmp_path_factory):
+    """A server on which a request's own mask adds to the global one."""
+    server = Server(tmp_path_factory.mktemp("both"), specimen("qwen3_moe"), own_mask="compose")
+    try:
+        server.wait()
+        masks = {"calm": (1, 2, 3), "storm": (4, 5), "most": range(6, 16)}
+        for name, experts in masks.items():
+            assert server.put(name, *experts).status_code == 200
+        yield server
+    finally:
+        server.stop()
+
+
+def steer(server, name):
+    return server.admin.put("/v1/steering", json={"mask": name})
+
+
+def test_an_own_mask_and_the_global_one_are_both_in_force(composing):
+    assert composing.admin.get("/v1/moe").json()["own_mask"] == "compose"
+    said = {"alone": composing.complete("calm", "alone")[0]["x-steering-mask"]}
+    assert steer(composing, "storm").status_code == 200
+    for example, mask in {"both": "calm", "global": None, "free": "none"}.items():
+        said[example] = composing.complete(mask, example)[0]["x-steering-mask"]
+    assert said == {
+        "alone": "calm@1",
+        "both": "storm@1+calm@1",
+        "global": "storm@1",
+        "free": "none",
+    }
+    rows = composing.rows(said)
+    assert not np.isin(rows["both"], [1, 2, 3, 4, 5]).any()
+    assert np.isin(rows["alone"], [4, 5]).any()
+    assert np.isin(rows["global"], [1, 2, 3]).any()
+    assert np.isin(rows["free"], [1, 2, 3, 4, 5]).any()
+    for example, key in said.items():
+        assert set(masks_of(composing, example)) == {key}
+
+
+def test_a_global_change_reaches_running_requests_with_their_own_mask(composing):
+    composing.admin.delete("/v1/steering")
+    trace = {"vllm_xargs": {"moescope_example_id": "running", "moescope_run": "run"}}
+    events = iter(open_stream(composing, "calm", max_tokens=1000, **trace))
+    for _ in range(10):
+        next(events)
+    refused = steer(composing, "most")  # 13 of 16 experts off, and top-4
+    assert refused.status_code == 409
+    for words in ("most@1", "calm@1", "layer 0", "13 of its 16"):
+        assert words in refused.json()["error"]["message"]
+    assert composing.admin.get("/v1/steering").json() == {"mask": None}
+    assert steer(composing, "storm").json() == {"mask": "storm@1"}
+    for _ in events:
+        pass
+    experts = composing.rows(["running"])["running"]
+    masks = masks_of(composing, "running")
+    both = np.array([mask == "storm@1+calm@1" for mask in masks])
+    assert set(masks) == {"calm@1", "storm@1+calm@1"}
+    assert np.count_nonzero(np.diff(both.astype(int))) == 1
+    assert both[-1]
+    assert not np.isin(experts, [1, 2, 3]).any()
+    assert not np.isin(experts[both], [4, 5]).any()
+    assert np.isin(experts[~both], [4, 5]).any()
+
+
+def test_a_mask_that_cannot_join_the_global_one_is_refused_and_an_idle_one_bars_nothing(composing):
+    composing.admin.delete("/v1/steering")
+    composing.complete("calm")
+    assert composing.admin.get("/v1/moe").json()["slots"]["loaded"] == ["calm@1"]
+    assert steer(composing, "most").json() == {"mask": "most@1"}
+    assert composing.admin.get("/v1/moe").json()["slots"]["loaded"] == []
+    with pytest.raises(openai.UnprocessableEntityError, match=r"most@1 and mask calm@1 together"):
+        composing.complete("calm")
+    assert composing.complete("storm")[0]["x-steering-mask"] == "most@1+storm@1"
+    composing.admin.delete("/v1/steering")
+    assert composing.complete("calm")[0]["x-steering-mask"] == "calm@1"
+    assert composing.slots_in_use() == {}
 
 
 def test_a_server_for_others_needs_a_key(specimen, tmp_path):

@@ -164,6 +164,53 @@ def plain_outputs(model, prompts):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_composed_masks_do_not_read_each_others_cache(specimen, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOESCOPE_OWN_MASK", "compose")
+    model, prompt = specimen("qwen3_moe"), as_prompts([prompts[0] + prompts[61]])
+    with open_engine(model) as llm, trace(llm, store=tmp_path):
+        pass
+    shape, rng = read_manifest(tmp_path).shape, np.random.default_rng(5)
+    given = [random_mask(n, shape, rng, ("deactivate", "scale")) for n in ("own", "g1", "g2")]
+    own, *globals_ = given
+    off = {"layer": 0, "expert": 0, "action": "deactivate"}
+    paper = Mask.model_validate({"name": "paper", "entries": [off], "mode": "steermoe"})
+    refused = pytest.raises(InputError, match="global mask paper is of mode steermoe and mask own")
+
+    def answers(llm):
+        """{(global, own): [(tokens, whether some were cached), the same once more]}."""
+        got = {}
+        with masks(llm, own):
+            for base in (*globals_, None):
+                with steer(llm, base):
+                    for name in ("own", None, "none"):
+                        outputs = [
+                            llm.generate(prompt, sampling(trace=False, mask=name), use_tqdm=False)[
+                                0
+                            ]
+                            for _ in range(2)
+                        ]
+                        got[base and base.name, name] = [
+                            (list(o.outputs[0].token_ids), bool(o.num_cached_tokens))
+                            for o in outputs
+                        ]
+                    with refused, steer(llm, paper):
+                        pass
+        return got
+
+    with open_engine(model, enable_prefix_caching=True, block_size=32) as llm:
+        warm = answers(llm)
+        with steer(llm, paper), refused, masks(llm, own):
+            pass
+    with open_engine(model) as llm:
+        cold = answers(llm)
+    for key, ((first, hit), (again, hit_again)) in warm.items():
+        assert first == again == cold[key][0][0]
+        # What wants no mask is one and the same under all of them.
+        assert hit == (key[1] == "none" and key[0] != "g1")
+        assert hit_again
+    assert len({tuple(first) for (first, _), _ in warm.values()}) == 6
+
+
 @pytest.fixture(scope="module")
 def cached(specimen):
     with open_engine(specimen("qwen3_moe"), enable_prefix_caching=True, block_size=32) as llm:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from moescope.tracer.format import ModelFacts, MoeShape, requests_schema, tokens_schema
+from moescope.tracer.format import ModelFacts, MoeShape, Stage, requests_schema, tokens_schema
 from moescope.tracer.store import StoreWriter
 
 
@@ -108,6 +108,33 @@ class Maker:
                     ),
                     pa.Table.from_pylist([request.row() for request in part], requests_schema()),
                 )
+        return path
+
+    def write_stages(
+        self, path: Path, requests: list[Request], sizes: tuple[int, ...], *, writer: str = "w"
+    ) -> Path:
+        """A store with these requests from a pipeline whose stages have so many layers each."""
+        done = 0
+        for number, size in enumerate(sizes, 1):
+            part = slice(done, done + size)
+            stage = Stage(number, len(sizes), self.shape.layers[part])
+            with StoreWriter(path, self.facts(), writer=writer, stage=stage) as store:
+                rows = [
+                    row
+                    | {"expert_ids": experts[part].ravel().tolist()}
+                    | {"gate_weights": list(weights[part].ravel())}
+                    for request in requests
+                    for row, experts, weights in zip(
+                        request.token_rows(), request.experts, request.weights, strict=True
+                    )
+                ]
+                store.commit(
+                    pa.Table.from_pylist(rows, tokens_schema(stage.of(self.shape))),
+                    pa.Table.from_pylist(
+                        [request.row() for request in requests], requests_schema()
+                    ),
+                )
+            done += size
         return path
 
 

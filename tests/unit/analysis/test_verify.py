@@ -10,7 +10,7 @@ import pytest
 
 from moescope.analysis.verify import store_notes, verify_store
 from moescope.tracer.errors import StoreError
-from moescope.tracer.format import requests_schema, tokens_schema
+from moescope.tracer.format import Stage, requests_schema, tokens_schema
 from moescope.tracer.store import StoreWriter
 
 NAN, MINUS = np.float16("nan"), np.float16(-1)
@@ -207,3 +207,37 @@ def test_notes(store, maker):
     assert "writer v is still open" in notes
     assert "writer w was killed" in notes
     assert "dropped 1,234 rows; 1 of its requests are incomplete" in notes
+
+
+def test_a_sound_pipeline(maker, tmp_path):
+    path = maker.write_stages(tmp_path, maker.random_requests(5, 4), (1, 2))
+    assert verify_store(path) == []
+    assert store_notes(path) == []
+
+
+def test_a_request_that_lacks_a_stage(maker, tmp_path):
+    maker.write_stages(tmp_path, [maker.request("q", ["prompt"])], (1, 2), writer="a")
+    maker.write_stages(tmp_path, [maker.request("r", ["prompt"])], (1, 2), writer="b")
+    for file in tmp_path.rglob("p1of2-b*"):
+        file.unlink()
+    (problem,) = verify_store(tmp_path)
+    assert (problem.check, problem.request) == ("missing stage", "r")
+    assert "is in 1 of 2 pipeline stages" in str(problem)
+    # Its writer is still at it, as far as one can see.
+    with StoreWriter(tmp_path, maker.facts(), stage=Stage(1, 2, (1,))):
+        assert verify_store(tmp_path) == []
+
+
+def test_a_request_that_is_in_a_stage_twice_or_in_two_pipelines(maker, tmp_path):
+    requests = [maker.request("q", ["prompt"])]
+    for path, sizes in ((tmp_path / "twice", (1, 2)), (tmp_path / "other", (1, 1, 1))):
+        maker.write_stages(path, requests, (1, 2), writer="a")
+        maker.write_stages(path, requests, sizes, writer="b")
+        assert [problem.check for problem in verify_store(path)] == ["request twice"]
+
+
+def test_lists_of_another_stage(maker, tmp_path):
+    path = maker.write_stages(tmp_path, [maker.request("q", ["prompt"] * 2)], (1, 2))
+    one, two = (path / "tokens" / f"p{number}of2-w-000001.parquet" for number in (1, 2))
+    shutil.copy(two, one)
+    assert {problem.check for problem in verify_store(path)} == {"list length", "counters"}

@@ -1,6 +1,8 @@
 """What the SQL views say of small stores, row by row."""
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from moescope.analysis import open_store
@@ -101,3 +103,44 @@ def test_a_damaged_file_is_named(maker, tmp_path):
     next((path / "tokens").iterdir()).write_bytes(b"PAR1 not really")
     with pytest.raises(StoreError, match="store verify"):
         open_store(path)
+
+
+def rows_of(con):
+    return [con.execute(f"FROM {view} ORDER BY ALL").fetchall() for view in COLUMNS]
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (1, 1, 1)])
+def test_the_stages_of_a_pipeline_are_one(maker, tmp_path, sizes):
+    requests = maker.random_requests(3, 6)
+    whole = open_store(maker.write(tmp_path / "whole", requests))
+    staged = open_store(maker.write_stages(tmp_path / "staged", requests, sizes))
+    assert rows_of(staged) == rows_of(whole)
+    for view in COLUMNS:
+        assert types(staged, view) == types(whole, view)
+
+
+def test_engines_of_any_number_of_stages_share_a_store(maker, tmp_path):
+    requests = maker.random_requests(4, 9)
+    whole = open_store(maker.write(tmp_path / "whole", requests))
+    path = maker.write(tmp_path / "s", requests[:3])
+    maker.write_stages(path, requests[3:5], (2, 1), writer="a")
+    maker.write_stages(path, requests[5:7], (1, 2), writer="b")
+    maker.write_stages(path, requests[7:], (1, 1, 1), writer="c")
+    assert rows_of(open_store(path)) == rows_of(whole)
+
+
+def test_a_request_that_lacks_a_stage_is_incomplete(maker, tmp_path):
+    path = maker.write_stages(
+        tmp_path, [maker.request(name, ["prompt"] * 3) for name in "qr"], (1, 2)
+    )
+    for folder in ("tokens", "requests"):
+        file = path / folder / "p2of2-w-000001.parquet"
+        table = pq.read_table(file)
+        pq.write_table(table.filter(pc.equal(table["request_id"].cast("string"), "q")), file)
+    query = "SELECT request_id, tokens, complete FROM requests ORDER BY ALL"
+    assert open_store(path).execute(query).fetchall() == [("q", 3, True), ("r", 0, False)]
+    for folder in ("tokens", "requests"):
+        (path / folder / "p2of2-w-000001.parquet").unlink()
+    con = open_store(path)
+    assert con.execute(query).fetchall() == [("q", 0, False), ("r", 0, False)]
+    assert con.execute("SELECT count(*) FROM tokens").fetchone() == (0,)

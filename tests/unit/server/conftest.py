@@ -9,7 +9,7 @@ from moescope.server.auth import Gate
 from moescope.server.plane import Plane
 from moescope.server.registry import Registry
 from moescope.tracer.format import ModelFacts, MoeShape
-from moescope.tracer.mask import RouterSpec, make_mask
+from moescope.tracer.mask import RouterSpec, compile_mask, compose, make_mask
 
 SHAPE = MoeShape((1, 2, 3), 8, 2)
 FACTS = ModelFacts("m", None, "MoeForCausalLM", "float32", SHAPE, "softmax", True, "vllm 0")
@@ -19,7 +19,7 @@ class FakeEngine:
     """What a worker would do, without one; `busy` and `error` make its answers."""
 
     def __init__(self, num_slots=2):
-        self.num_slots = num_slots
+        self.num_slots, self.composes, self.own, self.base = num_slots, False, {}, None
         self.slots, self.published, self.steering = {}, {}, None
         self.loads, self.busy, self.error, self.live = [], 0, None, []
         self.wait = None
@@ -31,6 +31,7 @@ class FakeEngine:
             "attached": True,
             "live": len(self.live),
             "num_slots": self.num_slots,
+            "composes": self.composes,
             "slots": dict(self.slots),
             "global": self.steering,
         }
@@ -47,15 +48,32 @@ class FakeEngine:
             return False
         # A slot that requests may still name must never change under them.
         assert slot not in self.published.values()
-        self.slots[slot] = key
+        self.compose(mask, self.base)
+        self.slots[slot], self.own[slot] = key, mask
         return True
+
+    async def unload(self, slots):
+        await asyncio.sleep(0)
+        if self.busy:
+            self.busy -= 1
+            return False
+        for slot in slots:
+            assert slot not in self.published.values()
+            del self.slots[slot], self.own[slot]
+        return True
+
+    def compose(self, mask, base):
+        if self.composes and base is not None:
+            compose(compile_mask(base, SHAPE), compile_mask(mask, SHAPE))
 
     async def set_global(self, key, mask):
         await asyncio.sleep(0)
         if self.error is not None:
             raise self.error
         assert (key is None) == (mask is None)
-        self.steering = key
+        for own in self.own.values():
+            self.compose(own, mask)
+        self.steering, self.base = key, mask
 
     async def sync(self):
         if self.live:
@@ -75,10 +93,11 @@ def engine():
 
 @pytest.fixture
 def make_plane(engine, tmp_path):
-    """`make_plane(admin_key=None, store=None)`; asked again, the one before is closed."""
+    """`make_plane(admin_key=None, store=None, ...)`; asked again, the one before is closed."""
     open_planes = []
 
-    def make(admin_key=None, store=None, traces_by_default=False):
+    def make(admin_key=None, store=None, traces_by_default=False, composes=False):
+        engine.composes = composes
         for plane in open_planes:
             plane.registry.close()
         plane = Plane(
@@ -101,8 +120,8 @@ def make_plane(engine, tmp_path):
 def mask():
     """`mask(name, *experts)` deactivates experts of layer 1."""
 
-    def make(name, *experts, **fields):
-        entries = [{"layer": 1, "expert": e, "action": "deactivate"} for e in experts]
+    def make(name, *experts, action="deactivate", **fields):
+        entries = [{"layer": 1, "expert": e, "action": action} for e in experts]
         return make_mask(name=name, entries=entries, **fields)
 
     return make

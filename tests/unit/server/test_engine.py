@@ -24,11 +24,22 @@ class Client:
         return list(self.answers)
 
 
+def status(rank, attached, **counts):
+    rest = {"live": 0, "steered": 0, "dropped_rows": 0, "silence": None}
+    return {"rank": rank, "attached": attached} | rest | counts
+
+
 def test_the_worker_that_records_speaks_for_all():
-    engine = VllmEngine(Client({"attached": False, "rank": 0}, {"attached": True, "rank": 1}))
+    engine = VllmEngine(Client(status(0, False), status(1, True)))
     assert asyncio.run(engine.status())["rank"] == 1
-    engine = VllmEngine(Client({"attached": False, "rank": 0}, {"attached": False, "rank": 1}))
+    engine = VllmEngine(Client(status(0, False), status(1, False)))
     assert asyncio.run(engine.status())["rank"] == 0
+
+
+def test_stages_that_all_record_are_counted_together():
+    stages = status(0, True, dropped_rows=3), status(1, True, dropped_rows=4, silence="layer 9")
+    joined = asyncio.run(VllmEngine(Client(*stages)).sync())
+    assert (joined["dropped_rows"], joined["silence"]) == (7, "layer 9")
 
 
 def test_a_model_that_no_worker_can_trace():
@@ -71,6 +82,13 @@ def test_a_slot_is_loaded_when_it_is_in_every_worker(mask):
     [(method, (slot, key, data), _)] = client.called
     assert (method, slot, key) == ("moescope_load_mask", 1, "calm@1")
     assert data == one.model_dump(mode="json")
+
+
+def test_slots_are_empty_when_they_are_so_in_every_worker():
+    client = Client({"busy": False}, {"busy": False})
+    assert asyncio.run(VllmEngine(client).unload([1, 3]))
+    assert client.called[0][:2] == ("moescope_unload_masks", ([1, 3],))
+    assert not asyncio.run(VllmEngine(Client({"busy": True}, {"busy": False})).unload([1]))
 
 
 def test_every_global_mask_has_a_prefix_cache_of_its_own(mask):

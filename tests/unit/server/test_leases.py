@@ -100,6 +100,44 @@ def test_a_failed_load_frees_its_slot(engine, mask):
     assert engine.loads == [(1, "a@1"), (1, "b@1")]
 
 
+def test_idle_masks_leave_before_a_change_and_none_is_loaded_meanwhile(engine, mask):
+    leases = Leases(engine, 3)
+    seen = []
+
+    async def request(name):
+        async with leases.hold(f"{name}@1", mask(name)):
+            seen.append(name)
+
+    async def run():
+        await request("idle")
+        async with leases.hold("held@1", mask("held")):
+            async with leases.without_idle():
+                assert engine.slots == {2: "held@1"}
+                others = [asyncio.create_task(request(name)) for name in ("idle", "new", "held")]
+                await asyncio.sleep(0.01)
+                assert seen == ["idle", "held"]
+                assert engine.slots == {2: "held@1"}
+            await asyncio.gather(*others)
+        assert sorted(engine.slots.values()) == ["held@1", "idle@1", "new@1"]
+
+    asyncio.run(run())
+    assert leases.in_use == {}
+
+
+def test_an_idle_mask_whose_last_request_is_ending_is_waited_for(engine, mask, monkeypatch):
+    monkeypatch.setattr(module, "_BUSY_WAIT_S", 0.001)
+    leases = Leases(engine, 1)
+
+    async def run():
+        async with leases.hold("a@1", mask("a")):
+            pass
+        engine.busy = 3
+        async with leases.without_idle():
+            assert engine.slots == {}
+
+    asyncio.run(run())
+
+
 def test_a_slot_whose_last_request_is_ending_is_waited_for(engine, mask, monkeypatch):
     monkeypatch.setattr(module, "_BUSY_WAIT_S", 0.001)
     leases = Leases(engine, 1)

@@ -46,7 +46,7 @@ def app(plane):
         length = int(request.headers["content-length"])
         return JSONResponse({"data": data, "in_use": in_use, "whole": length == len(body)})
 
-    paths = (URL, "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/masks")
+    paths = (URL, "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/masks", "/pooling")
     app = Starlette(routes=[Route(path, complete, methods=["POST", "GET"]) for path in paths])
     app.add_middleware(SteeringMiddleware)
     app.state.moescope, app.state.seen = plane, []
@@ -116,6 +116,25 @@ def test_the_global_mask_is_echoed_unless_the_request_wants_none(client, plane):
     assert ask(client, "calm").headers["x-steering-mask"] == "calm@2"
 
 
+def test_where_masks_compose_the_answer_names_both(client, app, plane, engine, mask):
+    plane.composes = engine.composes = True
+    assert ask(client, "calm").headers["x-steering-mask"] == "calm@2"
+    asyncio.run(plane.steer("storm", "w"))
+    assert engine.slots == {}
+    answer = ask(client, "calm")
+    assert answer.headers["x-steering-mask"] == "storm@1+calm@2"
+    assert answer.json()["data"]["vllm_xargs"] == {"moescope_mask": "calm@2"}
+    assert ask(client).headers["x-steering-mask"] == "storm@1"
+    assert ask(client, "none").headers["x-steering-mask"] == "none"
+    plane.registry.put(mask("paper", 1, mode="steermoe"), "w")
+    app.state.seen.clear()
+    answer = ask(client, "paper")
+    assert answer.status_code == 422
+    assert "force together" in refused(answer)
+    assert app.state.seen == []
+    assert plane.leases.in_use == {}
+
+
 def test_refusals_never_reach_vllm(client, app, plane, mask, engine):
     signature = {"moe_layers": [1], "num_experts": 4, "top_k": 1}
     plane.registry.put(mask("other", 1, signature=signature), "w")
@@ -146,13 +165,29 @@ def test_a_bad_body_is_vllms_to_refuse_unless_it_should_be_steered(client, app, 
     assert "x-steering-mask" not in answer.headers
 
 
-def test_the_header_is_refused_where_it_would_do_nothing(client, app):
+def test_wishes_are_refused_where_they_would_do_nothing(client, app):
     assert URL in refused(ask(client, "calm", url="/v1/messages"))
+    for header in ("X_Trace", "X_Trace_Run"):
+        name = header.replace("_", "-").lower()
+        assert name in refused(ask(client, url="/v1/messages", **{header: "on"}))
+    wish = {"vllm_xargs": {"moescope_trace": "on"}}
+    assert "/pooling serves no moescope_trace" in refused(ask(client, body=wish, url="/pooling"))
     assert ask(client, "calm", url=URL + "/").status_code == 422
     assert app.state.seen == []
     assert client.get(URL, headers={"X-Steering-Mask": "calm"}).status_code != 422
     assert ask(client, "calm", url="/v1/masks").status_code == 200
     assert ask(client, url="/v1/messages").status_code == 200
+    # vLLM passes them on by itself here.
+    assert ask(client, body=wish, url="/v1/messages").json()["data"]["vllm_xargs"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"moescope_", b'["moescope_"]', b'{"x": "moescope_", "vllm_xargs": {"y": 1}}']
+)
+def test_bodies_without_wishes_pass_elsewhere_byte_by_byte(client, app, body):
+    client.post("/pooling", content=body, headers={"Content-Type": "application/json"})
+    client.post("/pooling", content=body)
+    assert app.state.seen == [body, body]
 
 
 def test_traces(client, plane):

@@ -21,7 +21,13 @@ def attach(monkeypatch, tmp_path):
         given = ServerSettings(masks=masks, admin_key=None if key is None else SecretStr(key))
         monkeypatch.setattr(settings, "_given", given)
         app = FastAPI()
-        base = {"host": "127.0.0.1", "uds": None, "api_server_count": None, "api_key": None}
+        base = {
+            "host": "127.0.0.1",
+            "uds": None,
+            "api_server_count": None,
+            "data_parallel_size": 1,
+            "api_key": None,
+        }
         app.state.args = Namespace(**base | args)
         ControlPlane().attach_router(app)
         return app

@@ -11,6 +11,7 @@ from moescope.server.routes import router
 from moescope.tracer.errors import StoreError, TracerError
 from moescope.tracer.store import StoreWriter
 
+JSON = {"Content-Type": "application/json"}
 MASK = {"name": "calm", "entries": [{"layer": 1, "expert": 3, "action": "deactivate"}]}
 
 
@@ -70,13 +71,12 @@ def test_what_is_wrong_with_a_mask_is_named(client):
     assert code(put(name="none")) == 422
     assert code(put(unknown=1)) == 422
     assert code(client.put("/v1/masks/calm", content=b"{")) == 422
-    json_type = {"Content-Type": "application/json"}
-    broken = client.put("/v1/masks/calm", content=b"{", headers=json_type)
+    broken = client.put("/v1/masks/calm", content=b"{", headers=JSON)
     assert "no JSON" in broken.json()["error"]["message"]
     plain = client.put("/v1/masks/calm", content="x", headers={"Content-Type": "text/plain"})
     assert "Content-Type" in plain.json()["error"]["message"]
     for halves in (b'{"name": "\\ud800", "entries": []}', b'{"name": "calm", "\\ud800": []}'):
-        assert code(client.put("/v1/masks/calm", content=halves, headers=json_type)) == 422
+        assert code(client.put("/v1/masks/calm", content=halves, headers=JSON)) == 422
     assert code(client.get("/v1/masks/calm", params={"version": 0})) == 422
     assert client.get("/v1/masks").json() == {"data": []}
 
@@ -90,6 +90,8 @@ def test_the_global_mask(client, engine):
     assert client.get("/v1/steering").json() == {"mask": "calm@1"}
     assert code(client.delete("/v1/masks/calm")) == 409
     assert code(client.put("/v1/steering", json={"mask": "a/b"})) == 422
+    none = client.put("/v1/steering", json={"mask": "none"})
+    assert (code(none), "DELETE" in none.text) == (422, True)
     assert code(client.put("/v1/steering", json={})) == 422
     assert client.delete("/v1/steering").json() == {"mask": None}
     assert engine.steering is None
@@ -113,10 +115,31 @@ def test_a_global_mask_that_can_not_be_kept_is_taken_back(client, plane, engine,
     assert engine.steering is None
 
 
+def test_a_global_mask_that_cannot_join_a_requests_own_is_refused(make_plane, engine, mask):
+    plane = make_plane(composes=True)
+    client = client_of(plane)
+    for one in (mask("calm", 3), mask("paper", 4, mode="steermoe")):
+        assert client.put(f"/v1/masks/{one.name}", content=one.to_json(), headers=JSON).is_success
+
+    async def run():
+        async with plane.steered(("calm",)):
+            with pytest.raises(ConflictError, match=r"^paper@1 can't become .* while a request"):
+                await plane.steer("paper", "w")
+            assert plane.registry.state.steering is engine.steering is None
+
+    asyncio.run(run())
+    # Nobody holds it any more: it leaves its slot.
+    assert engine.slots == {1: "calm@1"}
+    assert client.put("/v1/steering", json={"mask": "paper"}).json() == {"mask": "paper@1"}
+    assert engine.slots == {}
+    assert client.get("/v1/moe").json()["own_mask"] == "compose"
+
+
 def test_the_model(client):
     moe = client.get("/v1/moe").json()
     assert (moe["moe_layers"], moe["num_experts"], moe["top_k"]) == ([1, 2, 3], 8, 2)
     assert moe["router"]["scoring"] == "softmax"
+    assert moe["own_mask"] == "replace"
     assert moe["slots"] == {"total": 2, "in_use": {}, "loaded": []}
 
 

@@ -9,14 +9,15 @@ from moescope.tracer.errors import InputError
 
 
 def arguments(**fields):
-    given = {"host": "127.0.0.1", "uds": None, "api_server_count": None}
+    given = {"host": "127.0.0.1", "uds": None, "api_server_count": None, "data_parallel_size": 1}
     return Namespace(**given | fields)
 
 
 def test_nothing_has_to_be_set_by_hand(tmp_path):
     environment = {"MOESCOPE_ADMIN_KEY": "s3cret"}
-    prepare_environment(environment, store=tmp_path, slots=3)
+    prepare_environment(environment, store=tmp_path, slots=3, own_mask="compose")
     assert environment["MOESCOPE_STORE"] == str(tmp_path)
+    assert environment["MOESCOPE_OWN_MASK"] == "compose"
     assert environment["MOESCOPE_SLOTS"] == "3"
     assert environment["MOESCOPE_STEER"] == "on"
     assert environment["MOESCOPE_POLICY"] == "drop"
@@ -48,6 +49,7 @@ def test_options_that_are_refused():
         ({"host": None}, "every address"),
         ({"uds": "/tmp/s"}, "admin key"),
         ({"api_server_count": 2}, "--api-server-count 2"),
+        ({"data_parallel_size": 2}, "--data-parallel-size 2"),
         ({"headless": True}, "--headless"),
         ({"grpc": True}, "--grpc"),
     ]:

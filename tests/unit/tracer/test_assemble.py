@@ -138,3 +138,23 @@ def test_the_mask_of_a_token_is_its_own_or_the_global_one_in_force(assembler, ma
     tokens, requests = assembler.take()
     assert tokens["mask"].to_pylist() == ["own@1"] * 4
     assert requests["mask"].to_pylist() == ["own@1"]
+
+
+def test_where_masks_compose_a_token_has_both(assembler, make_rows):
+    wishes = {1: "own@1", 2: "other@1", 3: "none", 4: None}
+    for request, mask in wishes.items():
+        assembler.begin(traced(request, mask=mask, composes=True))
+    for position, key in enumerate((None, "all@1", "all@2", None)):
+        assembler.mask_changes(key)
+        for request in wishes:
+            assembler.add(make_rows(request, [position]))
+    for request in wishes:
+        assembler.finish(request, 0)
+    tokens, requests = assembler.take()
+    assert tokens["mask"].to_pylist() == [
+        *("own@1", "all@1+own@1", "all@2+own@1", "own@1"),
+        *("other@1", "all@1+other@1", "all@2+other@1", "other@1"),
+        *["none"] * 4,
+        *(None, "all@1", "all@2", None),
+    ]
+    assert requests["mask"].to_pylist() == list(wishes.values())

@@ -12,6 +12,7 @@ from moescope.tracer.format import MoeShape
 from moescope.tracer.mask import (
     ACTIVATE,
     DEACTIVATE,
+    ComposeError,
     MaskSignature,
     RouterSpec,
     SignatureError,
@@ -19,6 +20,7 @@ from moescope.tracer.mask import (
     compile_mask,
     compose,
     make_mask,
+    mask_in_force,
     parse_mask,
     read_mask,
     write_mask,
@@ -251,7 +253,7 @@ def test_composed_masks_are_both_in_force(base, own):
     tables = [compile_mask(made, SHAPE) for made in (base, own)]
     try:
         both = compose(*tables)
-    except InputError:
+    except ComposeError:
         actions = np.where(tables[1].named, tables[1].action, tables[0].action)
         assert (
             tables[0].steermoe != tables[1].steermoe
@@ -283,11 +285,28 @@ def test_compose_refuses_what_is_sound_only_apart():
         compile_mask(mask(*(entry(2, e, "activate") for e in pair)), SHAPE)
         for pair in ([0, 1], [1, 2])
     ]
-    with pytest.raises(InputError, match="own together: layer 2 has 3 activated"):
+    with pytest.raises(ComposeError, match="own together: layer 2 has 3 activated"):
         compose(*tables)
+    with pytest.raises(ComposeError, match=r"^all@1 and mine@2 together: layer 2"):
+        compose(*tables, ("all@1", "mine@2"))
     paper = compile_mask(mask(entry(1, 0), mode="steermoe"), SHAPE)
-    with pytest.raises(InputError, match="mode hard and the request's own of mode steermoe"):
+    with pytest.raises(ComposeError, match="mode hard and the request's own of mode steermoe"):
         compose(tables[0], paper)
+
+
+@pytest.mark.parametrize(
+    ("key", "own", "alone", "both"),
+    [
+        (None, None, None, None),
+        ("all@1", None, "all@1", "all@1"),
+        (None, "own@1", "own@1", "own@1"),
+        ("all@1", "own@1", "own@1", "all@1+own@1"),
+        ("all@1", "none", "none", "none"),
+    ],
+)
+def test_what_is_in_force_has_a_name(key, own, alone, both):
+    assert mask_in_force(key, own, composes=False) == alone
+    assert mask_in_force(key, own, composes=True) == both
 
 
 def test_number_ranges():

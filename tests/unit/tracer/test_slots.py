@@ -41,6 +41,20 @@ def test_the_longest_idle_mask_goes_first():
     assert ready(book, "c").slot == 2
 
 
+def test_idle_masks_can_be_let_go():
+    book = SlotBook(3)
+    for key in "abc":
+        ready(book, key)
+    for key in "ab":
+        book.release(key)
+    book.acquire("c")
+    assert sorted(book.drop_idle()) == [1, 2]
+    assert book.loaded == {"c": 3}
+    assert ready(book, "a").fresh
+    book.acquire("d")  # it is being loaded: no idle one
+    assert book.drop_idle() == []
+
+
 def test_a_mask_that_could_not_be_loaded_leaves_its_slot():
     book = SlotBook(1)
     assert book.acquire("a").fresh

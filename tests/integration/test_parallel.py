@@ -1,0 +1,260 @@
+"""Tensor, pipeline and data parallel engines trace and steer as one process does.
+
+Two cores: two workers each, and float32, so that what differs is the order of sums. vLLM's CPU
+backend can't do expert parallelism (its kernel takes the experts of other ranks for its own and
+crashes), and for data parallel it lacks two collectives, which `engine_process.Collectives` brings.
+"""
+
+import socket
+
+import numpy as np
+import pytest
+import torch
+from engine_process import ONE_PROCESS, finish, start
+from engines import open_engine, traced_rows
+
+from moescope.analysis import open_store
+from moescope.analysis.verify import verify_store
+from moescope.tracer.errors import UnsupportedModelError
+from moescope.tracer.mask import Mask
+from moescope.tracer.store import read_manifest, read_writers
+from moescope.tracer.vllm_model import MODULAR_BACKENDS, check_config, find_runners
+
+pytestmark = pytest.mark.engine
+
+NUM_PROMPTS = 16
+TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
+def mask_of(name, seed):
+    """Two experts off and one on, in every layer of the specimen."""
+    rng = np.random.default_rng(seed)
+    entries = []
+    for layer in range(4):
+        off, also_off, on = rng.permutation(16)[:3].tolist()
+        entries += [
+            {"layer": layer, "expert": off, "action": "deactivate"},
+            {"layer": layer, "expert": also_off, "action": "deactivate"},
+            {"layer": layer, "expert": on, "action": "activate"},
+        ]
+    return {"name": name, "entries": entries}
+
+
+def violations(mask, experts):
+    """Tokens that chose a deactivated expert, or did not choose an activated one."""
+    count = 0
+    for entry in Mask.model_validate(mask).entries:
+        chosen = (experts[:, entry.layer] == entry.expert).any(-1)
+        count += int((chosen == (entry.action == "deactivate")).sum())
+    return count
+
+
+@pytest.fixture(scope="module")
+def given():
+    """The masks: A and B by name, G for all others."""
+    return {name: mask_of(name, seed) for seed, name in enumerate("ABG")}
+
+
+@pytest.fixture(scope="module")
+def engine(specimen, prompts, given, tmp_path_factory):
+    """Run one job of two rounds, without masks and with; returns the stores and what came."""
+
+    def run(options, chosen=(range(NUM_PROMPTS),), environments=({},)):
+        stores = [tmp_path_factory.mktemp("store") for _ in range(2)]
+        started = []
+        for numbers, environment in zip(chosen, environments, strict=True):
+            plain, masked = (
+                [
+                    {
+                        "wishes": {"example_id": f"{i}"} | ({"mask": mask_for(i)} if mask else {}),
+                        "sampling": {"max_tokens": 8},
+                    }
+                    for i in numbers
+                ]
+                for mask in (False, True)
+            )
+            job = {
+                "model": str(specimen("qwen3_moe")),
+                "options": options,
+                "prompts": [prompts[i] for i in numbers],
+                "rounds": [
+                    {"store": str(stores[0]), "requests": plain},
+                    {
+                        "store": str(stores[1]),
+                        "requests": masked,
+                        "masks": [given["A"], given["B"]],
+                        "global": given["G"],
+                    },
+                ],
+            }
+            started.append(start(job, **environment))
+        for each in started:
+            finish(each)
+        return stores
+
+    return run
+
+
+def mask_for(i):
+    return (None, "A", "B", "none")[i % 4]
+
+
+@pytest.fixture(scope="module")
+def alone(engine):
+    return engine({}, environments=[ONE_PROCESS])
+
+
+def assert_same(alone, stores, given):
+    for one, other in zip(alone, stores, strict=True):
+        assert verify_store(other) == []
+        assert read_manifest(other).shape == read_manifest(one).shape
+        expected, found = traced_rows(one), traced_rows(other)
+        assert expected.keys() == found.keys() == {f"{i}" for i in range(NUM_PROMPTS)}
+        near_ties = 0
+        for key, (tokens, experts, weights) in expected.items():
+            assert found[key][0] == tokens
+            same = (np.sort(experts) == np.sort(found[key][1])).all(-1)
+            near_ties += int((~same).sum())
+            np.testing.assert_allclose(found[key][2][same], weights[same], atol=2e-3)
+        assert near_ties <= 3
+    rows = traced_rows(stores[1])
+    for i in range(NUM_PROMPTS):
+        name, experts = mask_for(i) or "G", rows[f"{i}"][1]
+        for mask in given.values():
+            assert (violations(mask, experts) == 0) == (mask["name"] == name)
+    said = open_store(stores[1]).execute(
+        "SELECT DISTINCT example_id, tokens.mask FROM tokens JOIN requests USING (request_id)"
+    )
+    assert dict(said.fetchall()) == {f"{i}": mask_for(i) or "G" for i in range(NUM_PROMPTS)}
+
+
+def test_one_rank_of_a_tensor_parallel_engine_records(engine, alone, given):
+    stores = engine({"tensor_parallel_size": 2}, environments=[TWO_CORES])
+    assert_same(alone, stores, given)
+    assert [writer.layers for writer in read_writers(stores[0])] == [None]
+
+
+def test_the_stages_of_a_pipeline_are_joined(engine, alone, given):
+    stores = engine({"pipeline_parallel_size": 2}, environments=[TWO_CORES])
+    assert_same(alone, stores, given)
+    assert sorted(writer.layers for writer in read_writers(stores[0])) == [[0, 1], [2, 3]]
+    one, other = (
+        open_store(store).execute(
+            "SELECT example_id, segment, layer, sum(count) FROM activation "
+            "JOIN requests USING (request_id) GROUP BY ALL ORDER BY ALL"
+        )
+        for store in (alone[0], stores[0])
+    )
+    assert one.fetchall() == other.fetchall()
+
+
+def test_data_parallel_replicas_write_their_own_files(engine, alone, given):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environments = [
+        TWO_CORES
+        | {
+            "ENGINE_PROCESS_COLLECTIVES": "1",
+            "VLLM_DP_RANK": f"{rank}",
+            "VLLM_DP_RANK_LOCAL": f"{rank}",
+            "VLLM_DP_SIZE": "2",
+            "VLLM_DP_MASTER_IP": "127.0.0.1",
+            "VLLM_DP_MASTER_PORT": port,
+        }
+        for rank in range(2)
+    ]
+    # The second replica has less to do: it takes part in the other's steps with dummy batches.
+    chosen = [range(10), range(10, NUM_PROMPTS)]
+    options = {"worker_extension_cls": "engine_process.Collectives"}
+    stores = engine(options, chosen=chosen, environments=environments)
+    assert_same(alone, stores, given)
+    assert len(read_writers(stores[0])) == 2
+
+
+@pytest.fixture(scope="module")
+def llm(specimen):
+    with open_engine(specimen("qwen3_moe")) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "said"),
+    [
+        ("parallel_config", "decode_context_parallel_size", 2, "decode_context_parallel_size = 2"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "prefill_context_parallel_size"),
+        ("parallel_config", "enable_dbo", True, "--enable-dbo"),
+        ("parallel_config", "enable_elastic_ep", True, "--enable-elastic-ep"),
+        ("cache_config", "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
+    ],
+)
+def test_an_engine_whose_steps_can_not_be_told_apart_is_refused(
+    llm, monkeypatch, part, name, value, said
+):
+    config = llm.llm_engine.vllm_config
+    check_config(config)
+    monkeypatch.setattr(getattr(config, part), name, value)
+    with pytest.raises(UnsupportedModelError, match=said):
+        check_config(config)
+
+
+def test_routers_that_see_other_tokens_are_refused(llm, monkeypatch):
+    [runners] = llm.apply_model(find_runners)
+    model = torch.nn.ModuleList(runners)
+    parallel = runners[1].moe_config.moe_parallel_config
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "sp_size", 2)
+        with pytest.raises(UnsupportedModelError, match=r"sequence-parallel.*tensor-parallel-size"):
+            find_runners(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "dp_size", 2)
+        find_runners(model)  # the kernel sends tokens on after their routing
+        patch.setattr(runners[1]._quant_method, "moe_kernel", None)
+        with pytest.raises(UnsupportedModelError, match="data_parallel_size = 2 to 1"):
+            find_runners(model)
+
+
+def test_the_backends_named_instead_of_monolithic_kernels_are_modular():
+    from vllm.model_executor.layers.fused_moe.oracle import (
+        fp8,
+        int_wna16,
+        mxfp4,
+        nvfp4,
+        unquantized,
+    )
+
+    found = {
+        "nvfp4": (nvfp4.map_nvfp4_backend, nvfp4.backend_to_kernel_cls),
+        "mxfp4": (mxfp4.map_mxfp4_backend, mxfp4.backend_to_kernel_cls),
+        "mxint4": (int_wna16.map_wna16_backend, int_wna16.backend_to_kernel_cls),
+        "fp8": (fp8.map_fp8_backend, fp8.backend_to_kernel_cls),
+        "bf16": (unquantized.map_unquantized_backend, unquantized.backend_to_kernel_cls),
+    }
+    assert found.keys() == MODULAR_BACKENDS.keys()
+    for kind, (named, classes) in found.items():
+        backends = named(MODULAR_BACKENDS[kind].split()[0])
+        for backend in backends if isinstance(backends, list) else [backends]:
+            assert not any(experts.is_monolithic() for experts in classes(backend))
+
+
+def test_load_balancing_leaves_logical_experts_in_the_trace(llm, monkeypatch):
+    from vllm.distributed.eplb.eplb_state import EplbLayerState
+    from vllm.model_executor.layers.fused_moe.router import base_router
+
+    # The CPU's own mapping to physical experts is none at all.
+    monkeypatch.setattr(
+        base_router, "eplb_map_to_physical_and_record", lambda topk_ids, **_: topk_ids + 100
+    )
+    [runners] = llm.apply_model(find_runners)
+    router, one = runners[1].router, torch.zeros(1)
+    state = EplbLayerState(one, one, one, one)
+    state.num_unpadded_tokens_tensors = [one]
+    logits = torch.randn(5, 16)
+    expected = logits.topk(4).indices.sort().values
+    monkeypatch.setattr(router, "eplb_state", state)
+    _, physical = router.select_experts(hidden_states=torch.zeros(5, 128), router_logits=logits)
+    [recorded] = llm.collective_rpc(
+        lambda worker: worker.model_runner.moescope.recorder.ids[1, :5].clone()
+    )
+    assert torch.equal(physical.long().sort().values, expected + 100)
+    assert torch.equal(recorded.long().sort().values, expected)
