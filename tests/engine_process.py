@@ -1,0 +1,140 @@
+"""Engines in processes of their own, several at a time: tests start them, and compare what came.
+
+    answer = finish(start(job, **environment))
+
+A job is JSON: `model` and `options` of `vllm.LLM`, `prompts` (token ids), and `rounds`, each traced
+into a store of its own:
+
+    store, masks (that requests may name), global (mask or None),
+    requests (for each prompt: `wishes` of TraceRequest, `sampling` of SamplingParams)
+
+The answer has the `generated` token ids of every round, and vLLM's counts of `drafts`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+ANSWER = "answer: "
+# One thread: more of them would wait for one another while other engines run.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+
+
+def start(job, **environment):
+    # Files and no pipes: another process may be waited for while this one writes.
+    given, output, errors = (tempfile.TemporaryFile("w+") for _ in range(3))  # noqa: SIM115
+    given.write(json.dumps(job))
+    given.seek(0)
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=given,
+        stdout=output,
+        stderr=errors,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | environment,
+    )
+    return process, output, errors
+
+
+def finish(started):
+    process, output, errors = started
+    try:
+        status = process.wait(timeout=600)
+    finally:
+        process.kill()
+    for file in (output, errors):
+        file.seek(0)
+    assert status == 0, errors.read()[-20_000:]
+    line = next(line for line in output if line.startswith(ANSWER))
+    return json.loads(line.removeprefix(ANSWER))
+
+
+class Collectives:
+    """A worker extension: what vLLM 0.32's CPU communicator lacks for data-parallel experts.
+
+    `CpuCommunicator` inherits `all_gatherv` and `reduce_scatterv`, which raise NotImplementedError,
+    and the dispatch of tokens between replicas calls both. Here they are, over gloo.
+    """
+
+
+def _all_gatherv(self, input_, dim=0, sizes=None):
+    if isinstance(input_, list):
+        return [_all_gatherv(self, each, dim, sizes) for each in input_]
+    assert dim == 0
+    sizes = sizes or [len(input_)] * self.world_size
+    padded = input_.new_zeros((max(sizes), *input_.shape[1:]))
+    padded[: len(input_)] = input_
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded, group=self.cpu_group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _reduce_scatterv(self, input_, dim=0, sizes=None):
+    assert dim == 0
+    sizes = sizes or [len(input_) // self.world_size] * self.world_size
+    whole = input_.clone()
+    torch.distributed.all_reduce(whole, group=self.cpu_group)
+    start = sum(sizes[: self.rank_in_group])
+    return whole[start : start + sizes[self.rank_in_group]]
+
+
+if os.environ.get("ENGINE_PROCESS_COLLECTIVES"):
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator.all_gatherv = _all_gatherv
+    CpuCommunicator.reduce_scatterv = _reduce_scatterv
+
+
+def run(job):
+    from vllm import LLM, SamplingParams
+
+    from moescope.tracer import Mask, TraceRequest, masks, steer, trace
+
+    given = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_num_seqs": 64,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
+    llm = LLM(model=job["model"], **given | job["options"])
+    if job["options"].get("pipeline_parallel_size", 1) > 1:
+        # vLLM 0.32 allocates what later stages receive in a dummy run, and eager CPU engines run
+        # none.
+        llm.collective_rpc("execute_dummy_batch")
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    generated = []
+    for each in job["rounds"]:
+        named = [Mask.model_validate(mask) for mask in each.get("masks", [])]
+        whole = Mask.model_validate(each["global"]) if each.get("global") else None
+        params = [
+            SamplingParams(
+                **{"temperature": 0, "ignore_eos": True} | request["sampling"],
+                extra_args=TraceRequest(**request["wishes"]).extra_args(),
+            )
+            for request in each["requests"]
+        ]
+        with (
+            trace(llm, store=each["store"]),
+            masks(llm, *named) if named else nullcontext(),
+            steer(llm, whole) if whole else nullcontext(),
+        ):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        generated.append([list(output.outputs[0].token_ids) for output in outputs])
+    drafts = {
+        metric.name.removeprefix("vllm:spec_decode_num_"): metric.value
+        for metric in llm.get_metrics()
+        if metric.name.startswith("vllm:spec_decode_num_") and hasattr(metric, "value")
+    }
+    return {"generated": generated, "drafts": drafts}
+
+
+if __name__ == "__main__":
+    # A line of its own: vLLM's processes write here too.
+    print("\n" + ANSWER + json.dumps(run(json.load(sys.stdin))), flush=True)
