@@ -92,6 +92,7 @@ if os.environ.get("ENGINE_PROCESS_COLLECTIVES"):
 
 def run(job):
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
 
     from moescope.tracer import Mask, TraceRequest, masks, steer, trace
 
@@ -104,7 +105,7 @@ def run(job):
         "disable_log_stats": False,
     }
     llm = LLM(model=job["model"], **given | job["options"])
-    if job["options"].get("pipeline_parallel_size", 1) > 1:
+    if job["options"].get("pipeline_parallel_size", 1) > 1 and current_platform.is_cpu():
         # vLLM 0.32 allocates what later stages receive in a dummy run, and eager CPU engines run
         # none.
         llm.collective_rpc("execute_dummy_batch")

@@ -81,6 +81,66 @@ def top_k_margin(scores: np.ndarray, top_k: int) -> np.ndarray:
     return ordered[:, top_k - 1] - ordered[:, top_k]
 
 
+class Differences:
+    """How far a routing is from a reference: token-layers with other experts, and near-ties."""
+
+    def __init__(self):
+        self.compared = self.differ = 0
+        self.margins, self.gaps = [], []
+
+    def add(self, ids, weights, reference):
+        same = (np.sort(ids, -1) == np.sort(reference.ids, -1)).all(-1)
+        self.compared += len(same)
+        self.differ += int((~same).sum())
+        self.margins += top_k_margin(reference.scores, ids.shape[1])[~same].tolist()
+        mine, theirs = np.argsort(ids, -1), np.argsort(reference.ids, -1)
+        gap = np.abs(
+            np.take_along_axis(weights, mine, -1)
+            - np.take_along_axis(reference.weights, theirs, -1)
+        )
+        self.gaps += gap[same].mean(-1).tolist()
+
+    @property
+    def rate(self):
+        return self.differ / self.compared
+
+    @property
+    def margin(self):
+        """Between the last chosen and the first left out, where the choice differs: 95 % below."""
+        return np.quantile(self.margins, 0.95) if self.margins else 0.0
+
+    @property
+    def gap(self):
+        """Of the weights of the same experts, on average."""
+        return np.mean(self.gaps)
+
+    def __str__(self):
+        return (
+            f"differs in {self.differ} of {self.compared} token-layers, margins there below "
+            f"{self.margin:.4f}, weights by {self.gap:.5f} on average"
+        )
+
+
+def assert_as_near_as_rounding(name: str, model_dir: Path, rows: dict[str, Any]) -> int:
+    """Rows (`traced_rows`) of a bfloat16 engine differ from transformers' in bfloat16 by rounding.
+
+    By no more than twice as much, that is, as transformers itself does in float32. On a GPU.
+    Returns how many token-layers were compared, and prints the counts.
+    """
+    ours, noise = Differences(), Differences()
+    for tokens, experts, weights in rows.values():
+        exact = reference_routing(model_dir, tokens, torch.float32, "cuda")
+        rounded = reference_routing(model_dir, tokens, torch.bfloat16, "cuda")
+        for index, layer in enumerate(sorted(rounded)):
+            ours.add(experts[:, index], weights[:, index], rounded[layer])
+            noise.add(exact[layer].ids, exact[layer].weights, rounded[layer])
+    print(f"\n{name}: vLLM {ours}; float32 {noise}")
+    assert ours.rate <= 2 * noise.rate + 0.005
+    assert ours.margin <= 2 * noise.margin
+    assert ours.gap <= 2 * noise.gap
+    return ours.compared
+
+
 @lru_cache(maxsize=4)
 def _load(model_dir: Path, dtype: torch.dtype, device: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(

@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 from engines import as_prompts, open_engine, traced_rows
-from reference_routing import reference_routing, top_k_margin
+from reference_routing import assert_as_near_as_rounding
 
 from moescope.tracer import trace
 
@@ -50,58 +50,7 @@ def test_traced_routing_is_transformers_routing(specimen, tmp_path, arch):
         llm.generate(
             as_prompts(prompts), SamplingParams(max_tokens=12, temperature=0), use_tqdm=False
         )
-    ours, noise = Differences(), Differences()
-    for tokens, experts, weights in traced_rows(tmp_path).values():
-        exact = reference_routing(model, tokens, torch.float32, "cuda")
-        rounded = reference_routing(model, tokens, torch.bfloat16, "cuda")
-        for index, layer in enumerate(sorted(rounded)):
-            ours.add(experts[:, index], weights[:, index], rounded[layer])
-            noise.add(exact[layer].ids, exact[layer].weights, rounded[layer])
-    print(f"\n{arch}: vLLM {ours}; float32 {noise}")
-    assert ours.compared > 1000
-    assert ours.rate <= 2 * noise.rate + 0.005
-    assert ours.margin <= 2 * noise.margin
-    assert ours.gap <= 2 * noise.gap
-
-
-class Differences:
-    """How far a routing is from a reference: token-layers with other experts, and near-ties."""
-
-    def __init__(self):
-        self.compared = self.differ = 0
-        self.margins, self.gaps = [], []
-
-    def add(self, ids, weights, reference):
-        same = (np.sort(ids, -1) == np.sort(reference.ids, -1)).all(-1)
-        self.compared += len(same)
-        self.differ += int((~same).sum())
-        self.margins += top_k_margin(reference.scores, ids.shape[1])[~same].tolist()
-        mine, theirs = np.argsort(ids, -1), np.argsort(reference.ids, -1)
-        gap = np.abs(
-            np.take_along_axis(weights, mine, -1)
-            - np.take_along_axis(reference.weights, theirs, -1)
-        )
-        self.gaps += gap[same].mean(-1).tolist()
-
-    @property
-    def rate(self):
-        return self.differ / self.compared
-
-    @property
-    def margin(self):
-        """Between the last chosen and the first left out, where the choice differs: 95 % below."""
-        return np.quantile(self.margins, 0.95) if self.margins else 0.0
-
-    @property
-    def gap(self):
-        """Of the weights of the same experts, on average."""
-        return np.mean(self.gaps)
-
-    def __str__(self):
-        return (
-            f"differs in {self.differ} of {self.compared} token-layers, margins there below "
-            f"{self.margin:.4f}, weights by {self.gap:.5f} on average"
-        )
+    assert assert_as_near_as_rounding(arch, model, traced_rows(tmp_path)) > 1000
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "olmoe"])

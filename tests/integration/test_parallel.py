@@ -12,11 +12,11 @@ import pytest
 import torch
 from engine_process import ONE_PROCESS, finish, start
 from engines import open_engine, traced_rows
+from mask_cases import mask_of, violations
 
 from moescope.analysis import open_store
 from moescope.analysis.verify import verify_store
 from moescope.tracer.errors import UnsupportedModelError
-from moescope.tracer.mask import Mask
 from moescope.tracer.store import read_manifest, read_writers
 from moescope.tracer.vllm_model import MODULAR_BACKENDS, check_config, find_runners
 
@@ -24,29 +24,6 @@ pytestmark = pytest.mark.engine
 
 NUM_PROMPTS = 16
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-
-
-def mask_of(name, seed):
-    """Two experts off and one on, in every layer of the specimen."""
-    rng = np.random.default_rng(seed)
-    entries = []
-    for layer in range(4):
-        off, also_off, on = rng.permutation(16)[:3].tolist()
-        entries += [
-            {"layer": layer, "expert": off, "action": "deactivate"},
-            {"layer": layer, "expert": also_off, "action": "deactivate"},
-            {"layer": layer, "expert": on, "action": "activate"},
-        ]
-    return {"name": name, "entries": entries}
-
-
-def violations(mask, experts):
-    """Tokens that chose a deactivated expert, or did not choose an activated one."""
-    count = 0
-    for entry in Mask.model_validate(mask).entries:
-        chosen = (experts[:, entry.layer] == entry.expert).any(-1)
-        count += int((chosen == (entry.action == "deactivate")).sum())
-    return count
 
 
 @pytest.fixture(scope="module")
