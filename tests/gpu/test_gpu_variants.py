@@ -1,4 +1,4 @@
-"""On a GPU: speculating engines, FP8 weights, and the eager engine, in which masks need no graphs."""
+"""On a GPU: speculating engines, FP8 weights, and eager engines, which can always be steered."""
 
 import os
 
