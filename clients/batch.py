@@ -65,7 +65,7 @@ def run_job(
 
     """
     lines = read_job(job)
-    arguments = _engine_arguments(model, engine_options)
+    arguments = engine_arguments(model, engine_options)
     encoded = _encode(lines, arguments)
     todo = _missing(store, run, lines, encoded)
     skipped = len(lines) - len(todo)
@@ -73,7 +73,7 @@ def run_job(
         return JobSummary(0, skipped, 0, 0, 0, 0.0)
     if console is not None:
         console.print(f"loading {model} ({len(todo)} requests to trace, {skipped} done before)")
-    llm = _load(arguments)
+    llm = load_engine(arguments)
     _check_lengths(llm, lines, encoded, todo)
     started = time.monotonic()
     dropped = _trace(llm, store, run, policy, [(lines[i], encoded[i]) for i in todo], console)
@@ -82,7 +82,8 @@ def run_job(
     return JobSummary(len(todo), skipped, tokens, incomplete, dropped, seconds)
 
 
-def _engine_arguments(model: str, options: tuple[str, ...]) -> Any:
+def engine_arguments(model: str, options: tuple[str, ...]) -> Any:
+    """vLLM's `EngineArgs`; `options` are as `vllm serve` takes them. For this process."""
     # vLLM's own lines of INFO would drown the progress bar; the user's choice comes first.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # The engine in this process dies with it. In one of its own it would outlive a SIGKILL, go on
@@ -152,7 +153,8 @@ def _missing(
     return todo
 
 
-def _load(arguments: Any) -> Any:
+def load_engine(arguments: Any) -> Any:
+    """A `vllm.LLM` of these `engine_arguments`."""
     from vllm import LLM
 
     return LLM.from_engine_args(arguments)

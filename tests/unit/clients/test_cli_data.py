@@ -1,12 +1,13 @@
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from moescope.clients.cli_data import data_app, specimen_app
-from moescope.clients.faithfulness import DEFAULT_INSTRUCTION
+from moescope.clients.faithfulness import DEFAULT_INSTRUCTION, Options
 from moescope.clients.job import read_job
 from moescope.tracer.errors import InputError
 
@@ -53,6 +54,29 @@ def test_faithfulness_options_reach_it(tmp_path):
     lines = read_job(out)
     assert len(lines) == 2
     assert lines[0].messages[0].content[0].text.startswith("Speak.\n")
+
+
+def test_every_option_of_faithfulness_has_its_place(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "moescope.clients.faithfulness.make_faithfulness",
+        lambda *arguments, **more: calls.append((arguments, more)),
+    )
+    given = "--format nq --limit 3 --seed 4 --instruction closed --distractors 2 --counterfactual"
+    more = "--document-order random --max-doc-tokens 9 --tokenizer T --licence L"
+    run(data_app, "faithfulness", "a/b@c", "--out", "job", *given.split(), *more.split())
+    options = Options(
+        file_format="nq",
+        limit=3,
+        seed=4,
+        instruction="closed",
+        distractors=2,
+        counterfactual=True,
+        document_order="random",
+        max_doc_tokens=9,
+        tokenizer="T",
+    )
+    assert calls == [(("a/b@c", Path("job"), options), {"licence": "L"})]
 
 
 def test_errors_are_left_to_the_main_program(tmp_path):
