@@ -8,7 +8,7 @@ choice rarely hangs on float noise. That is what tests of tracing and of masks n
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +151,29 @@ def make_specimen(
     replaces a model that stands there. Raises InputError for an unknown `arch` or field, and for
     a directory that holds something.
     """
-    directory = directory.resolve()
     fields = _fields(arch, overrides)
-    _check_target(directory, force)
+    check_target(directory, force)
     tokenizer = build_tokenizer()
-    model = _build_model(fields, tokenizer, seed)
+    write_model(directory, _build_model(fields, tokenizer, seed), tokenizer, force=force)
 
+
+def write_model(
+    directory: Path,
+    model: Any,
+    tokenizer: Any,
+    *,
+    force: bool = False,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a model, its tokenizer and what `finish` adds to the folder, whole or not at all."""
+    directory = directory.resolve()
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
         aside.mkdir(parents=True)
         _save_quietly(model, aside)
         tokenizer.save_pretrained(aside)
+        if finish is not None:
+            finish(aside)
         if force and directory.exists():
             shutil.rmtree(directory)
         # A rename may land on an empty directory or on nothing: files that came there meanwhile
@@ -191,7 +203,7 @@ def _fields(arch: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {"vocab_size": VOCAB_SIZE, **fields, **overrides}
 
 
-def _check_target(directory: Path, force: bool) -> None:
+def check_target(directory: Path, force: bool) -> None:
     """Raise InputError unless `directory` may be written (and, with `force`, replaced)."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return

@@ -1,5 +1,6 @@
 """The specimens' tokenizer: a byte-level BPE, trained in a moment on the text beside this file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
 ROLE_MARKERS = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
-def build_tokenizer() -> Any:
-    """A byte-level BPE of `VOCAB_SIZE` entries with a chat template, trained on the text here.
+def build_tokenizer(lines: Sequence[str] | None = None, vocab_size: int = VOCAB_SIZE) -> Any:
+    """A byte-level BPE with a chat template, of up to `vocab_size` entries.
+
+    It is trained on `lines`, or on the text beside this file, which fills `VOCAB_SIZE` entries.
 
     Any text survives encoding and decoding, and every token knows its characters (offsets). As
     in many real models, encoding puts `BOS` first, the chat template writes its own, and `EOS`
@@ -27,12 +30,13 @@ def build_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[PAD, BOS, EOS, *ROLE_MARKERS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    lines = _TEXT.read_text(encoding="utf-8").splitlines()
+    if lines is None:
+        lines = _TEXT.read_text(encoding="utf-8").splitlines()
     tokenizer.train_from_iterator(lines, trainer)
     tokenizer.post_processor = processors.Sequence(
         [
