@@ -1,11 +1,15 @@
-"""A data card: what a file was made from and how, as JSON beside it. It holds no text of the data.
+"""A data file, whole or not at all, and its card: what it was made from and how, as JSON beside it.
+
+The card holds no text of the data.
 
 job.jsonl
 job.jsonl.card.json
 """
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,13 +32,25 @@ def write_card(out: Path, **facts: Any) -> Path:
         **facts,
     }
     path = card_path(out)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_whole(path, [json.dumps(card, indent=2, ensure_ascii=False) + "\n"], "data card")
+    return path
+
+
+def write_whole(out: Path, texts: Iterable[str], what: str = "job") -> str:
+    """Write aside, then rename: `out` is never seen half written. Returns its SHA-256."""
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    hashed = hashlib.sha256()
     try:
         try:
-            aside.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            aside.replace(path)
+            with aside.open("wb") as file:
+                for text in texts:
+                    file.write(text.encode())
+                    hashed.update(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(out)
         finally:
             aside.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"can't write the data card {path}: {error.strerror}.") from error
-    return path
+        raise InputError(f"can't write the {what} {out}: {error.strerror}.") from error
+    return hashed.hexdigest()

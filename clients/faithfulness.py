@@ -9,9 +9,7 @@ traces is what the documents did.
     source ──▶ questions ──▶ distractors ──▶ counterfactual ──▶ cut, ordered ──▶ job, data card
 """
 
-import hashlib
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from moescope.clients.counterfactual import Answers, Swapped, place_of
-from moescope.clients.data_card import card_path, write_card
+from moescope.clients.data_card import card_path, write_card, write_whole
 from moescope.clients.documents import (
     TOO_FEW,
     TOO_LONG,
@@ -163,10 +161,10 @@ def make_faithfulness(
         kinds=dict(Counter(e.swapped.kind for e in chosen if e.swapped).most_common()),
         documents_cut=sum(e.num_cut for e in chosen),
     )
-    hashes = {out.name: _write(out, (_lines(example, options) for example in chosen))}
+    hashes = {out.name: write_whole(out, (_lines(example, options) for example in chosen))}
     if options.counterfactual:
         truth = truth_path(out)
-        hashes[truth.name] = _write(truth, (_truth(e.swapped) for e in chosen if e.swapped))
+        hashes[truth.name] = write_whole(truth, (_truth(e.swapped) for e in chosen if e.swapped))
     else:
         truth_path(out).unlink(missing_ok=True)  # it would tell of another job
     write_card(
@@ -297,23 +295,3 @@ def _option(name: str) -> str:
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items())
-
-
-def _write(out: Path, texts: Iterator[str]) -> str:
-    """Write aside, then rename: `out` is never seen half written. Returns its SHA-256."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    hashed = hashlib.sha256()
-    try:
-        try:
-            with aside.open("wb") as file:
-                for text in texts:
-                    file.write(text.encode())
-                    hashed.update(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(out)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"can't write the job {out}: {error.strerror}.") from error
-    return hashed.hexdigest()

@@ -7,17 +7,15 @@ The refusals come from the source or from the model under study, which gets new 
 did not pass. Messages, errors and data cards hold row numbers and counts, and never a text.
 """
 
-import hashlib
 import json
-import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moescope.clients.data_card import write_card
+from moescope.clients.data_card import write_card, write_whole
 from moescope.clients.refusal import Bounds, check_refusal
 from moescope.clients.refusal_model import Refusals
 from moescope.clients.safety_source import Pair, read_pairs
@@ -116,7 +114,7 @@ def make_safety(
             f"{_why(statistics.dropped)}\nGive more --samples, or widen the bounds "
             "(docs/data.md has the checks)."
         )
-    written = _write(out, (_lines(p, safe[p.row]) for p in chosen if p.row in safe))
+    written = write_whole(out, (_lines(p, safe[p.row]) for p in chosen if p.row in safe))
     write_card(
         out,
         made_for="safety",
@@ -203,21 +201,3 @@ def _lines(pair: Pair, safe: str) -> str:
         }
         text += json.dumps(line, ensure_ascii=False) + "\n"
     return text
-
-
-def _write(out: Path, texts: Iterator[str]) -> str:
-    """Write aside, then rename: `out` is never seen half written. Returns its SHA-256."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    content = "".join(texts).encode()
-    try:
-        try:
-            with aside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(out)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"can't write the job {out}: {error.strerror}.") from error
-    return hashlib.sha256(content).hexdigest()

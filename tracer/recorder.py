@@ -172,7 +172,7 @@ class Recorder:
             out = tuple(torch.from_numpy(column) for column in rows.columns()[1:])
             index = None if places is None else torch.from_numpy(places)
             pack_on_cpu(self.weights, self.ids, positions, tokens, index, out)
-            return sink.write(rows, None)
+            return sink.write(rows)
         assert isinstance(sink, RingSink)
         parts = sink.reserve(len(wanted))
         if parts is None:

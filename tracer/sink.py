@@ -10,9 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moescope.tracer.detached import Detached
 from moescope.tracer.errors import StoreError, TracerError
 from moescope.tracer.format import ModelFacts, Stage
@@ -41,8 +38,8 @@ _ALIVE_EVERY_S = 0.1
 class Sink(Protocol):
     """Takes rows and messages of one engine."""
 
-    def write(self, rows: Rows, places: NDArray[np.intp] | None) -> bool:
-        """Take a step's rows, or those at `places`; False when they were dropped."""
+    def write(self, rows: Rows) -> bool:
+        """Take a step's rows; False when they were dropped."""
 
     def send(self, message: dict[str, Any]) -> bool:
         """Pass a `begin`, `finish` or `mask` message on; False when there was no room."""
@@ -67,7 +64,7 @@ class Arrival(Protocol):
 class NullSink:
     """Takes everything and keeps nothing: what tracing costs without the writing."""
 
-    def write(self, rows: Rows, places: NDArray[np.intp] | None) -> bool:  # noqa: ARG002
+    def write(self, rows: Rows) -> bool:  # noqa: ARG002
         """Do nothing."""
         return True
 
@@ -138,9 +135,9 @@ class RingSink:
         """The ring, for those who fill it by themselves (`reserve`, then `publish`)."""
         return self._ring
 
-    def write(self, rows: Rows, places: NDArray[np.intp] | None) -> bool:
+    def write(self, rows: Rows) -> bool:
         """Copy rows into the ring; waits or drops by the policy when it is full."""
-        count = len(rows) if places is None else len(places)
+        count = len(rows)
         done = 0
         while done < count:  # once, but for a step larger than the ring
             size = min(count - done, self._ring.capacity) if self._block else count
@@ -151,10 +148,7 @@ class RingSink:
                 chosen = slice(done + source.start, done + source.stop)
                 mines = self._ring.columns[target].columns()
                 for mine, theirs in zip(mines, rows.columns(), strict=True):
-                    if places is None:
-                        mine[:] = theirs[chosen]
-                    else:
-                        np.take(theirs, places[chosen], axis=0, out=mine, mode="clip")
+                    mine[:] = theirs[chosen]
             self.publish(size)
             done += size
         return True

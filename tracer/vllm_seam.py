@@ -33,7 +33,6 @@ from moescope.tracer.recorder import Recorder
 from moescope.tracer.request import RESOLVED, TraceRequest, parse_extra_args
 from moescope.tracer.settings import load_settings
 from moescope.tracer.steering import NO_MASK_SLOT, Steering
-from moescope.tracer.vllm_model import find_runners as find_runners
 from moescope.tracer.vllm_model import locate
 from moescope.tracer.worker import REMOTE, WorkerTracer
 
@@ -200,7 +199,9 @@ def _resolve(processor: Any, request: Any) -> None:
         salt = f"{CHANGING} {uuid.uuid4()}"
     if wishes.mask is not None:
         own = getattr(processor, "moescope_mask_salts", {}).get(wishes.mask, wishes.mask)
-        alone = salt is None or wishes.mask == NO_MASK or load_settings().own_mask == "replace"
+        if not hasattr(processor, "moescope_composes"):
+            processor.moescope_composes = load_settings().own_mask == "compose"
+        alone = salt is None or wishes.mask == NO_MASK or not processor.moescope_composes
         salt = own if alone else f"{own} + {salt}"
     if salt is not None:
         request.cache_salt = f"{request.cache_salt or ''}|moescope:{salt}"

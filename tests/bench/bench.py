@@ -44,7 +44,7 @@ def bench_engine(rounds: int, wanted: list[str] | None = None) -> None:
 
     from moescope.clients.specimen import make_specimen
     from moescope.tracer import Mask, TraceRequest, masks, steer, trace
-    from moescope.tracer.vllm_seam import find_runners
+    from moescope.tracer.vllm_model import find_runners
 
     rng = np.random.default_rng(0)
     folder = Path(tempfile.mkdtemp())
@@ -152,7 +152,7 @@ def bench_writer(rounds: int) -> None:
             part.request[:], part.position[:] = request + 1, np.arange(length)
             message = {"request_id": f"r{request}", "run": "bench", "prompt_tokens": length}
             sink.send({"op": "begin", "request": request + 1} | message)
-            sink.write(part, None)
+            sink.write(part)
             sink.send({"op": "finish", "request": request + 1, "lost_rows": 0})
         sink.sync()
         seconds = time.perf_counter() - start

@@ -57,7 +57,7 @@ def test_traced_routing_is_transformers_routing(specimen, tmp_path, arch):
 def test_weights_are_the_softmax_of_the_models_own_logits(specimen, tmp_path, arch):
     from vllm import SamplingParams
 
-    from moescope.tracer.vllm_seam import find_runners
+    from moescope.tracer.vllm_model import find_runners
 
     seen = {}
     with open_engine(specimen(arch), **OPTIONS) as llm:

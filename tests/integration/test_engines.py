@@ -7,7 +7,8 @@ from engines import as_prompts, open_engine
 from moescope.analysis import open_store
 from moescope.tracer import trace
 from moescope.tracer.errors import MoescopeError, UnsupportedModelError
-from moescope.tracer.vllm_seam import find_runners, install
+from moescope.tracer.vllm_model import find_runners
+from moescope.tracer.vllm_seam import install
 
 pytestmark = pytest.mark.engine
 

@@ -56,8 +56,8 @@ def test_what_is_finished_is_on_disk_after_sync(tmp_path, facts, make_rows):
     sink = RingSink(tmp_path / "s", facts, Settings())
     begin(sink, 1)
     begin(sink, 2)
-    sink.write(make_rows(1, range(5)), None)
-    sink.write(make_rows(2, range(8)), None)
+    sink.write(make_rows(1, range(5)))
+    sink.write(make_rows(2, range(8)))
     finish(sink, 1)
     sink.sync()
     assert stored(tmp_path / "s")[0] == {"r1": [1000 + i for i in range(5)]}
@@ -71,7 +71,7 @@ def test_only_the_chosen_rows_are_written(tmp_path, facts, make_rows):
     sink = RingSink(tmp_path, facts, Settings())
     begin(sink, 1)
     rows = make_rows(1, range(10))
-    sink.write(rows, np.arange(0, 5))
+    sink.write(rows[np.arange(0, 5)])
     finish(sink, 1)
     sink.close()
     assert stored(tmp_path)[0] == {"r1": [1000 + i for i in range(5)]}
@@ -82,7 +82,7 @@ def test_block_loses_nothing_through_a_tiny_ring(tmp_path, facts, make_rows, mon
     sink = RingSink(tmp_path, facts, Settings(ring_mib=1, file_rows=500))
     for number in range(1, 21):
         begin(sink, number)
-        sink.write(make_rows(number, range(100)), None)  # a step of three times the ring
+        sink.write(make_rows(number, range(100)))  # a step of three times the ring
         finish(sink, number)
     sink.close()
     rows, complete = stored(tmp_path)
@@ -97,9 +97,9 @@ def test_drop_counts_what_it_loses_and_never_waits(tmp_path, facts, make_rows, m
     os.kill(sink._process.pid, signal.SIGSTOP)  # the disk hangs
     begin(sink, 1)
     begin(sink, 2)
-    assert sink.write(make_rows(1, range(20)), None)
+    assert sink.write(make_rows(1, range(20)))
     started = time.monotonic()
-    assert not sink.write(make_rows(2, range(20)), None)
+    assert not sink.write(make_rows(2, range(20)))
     assert time.monotonic() - started < 0.1
     assert sink.dropped_rows == 20
     os.kill(sink._process.pid, signal.SIGCONT)
@@ -158,7 +158,7 @@ def test_an_engine_killed_by_sigkill_leaves_its_finished_requests(
         for n, rows in ((1, done), (2, running)):
             sink.send({"op": "begin", "request": n, "request_id": f"r{n}", "run": "x",
                        "prompt_tokens": 4})
-            sink.write(rows, None)
+            sink.write(rows)
         sink.send({"op": "finish", "request": 1, "lost_rows": 0})
         for child in psutil.Process().children(recursive=True) if sys.argv[2] else ():
             child.kill()
@@ -182,7 +182,7 @@ def test_an_engine_killed_by_sigkill_leaves_its_finished_requests(
 def test_finished_requests_reach_the_disk_without_being_asked(tmp_path, facts, make_rows):
     sink = RingSink(tmp_path, facts, Settings(flush_seconds=0.2))
     begin(sink, 1)
-    sink.write(make_rows(1, range(9)), None)
+    sink.write(make_rows(1, range(9)))
     finish(sink, 1)
     deadline = time.monotonic() + 10
     while not committed_files(tmp_path)[0]:
@@ -196,11 +196,11 @@ def test_a_global_mask_counts_from_the_row_where_it_came(tmp_path, facts, make_r
     sink = RingSink(tmp_path, facts, Settings())
     begin(sink, 1)
     os.kill(sink._process.pid, signal.SIGSTOP)  # so that all of it is drained at once
-    sink.write(make_rows(1, range(3)), None)
+    sink.write(make_rows(1, range(3)))
     sink.send({"op": "mask", "mask": "a"})
-    sink.write(make_rows(1, range(3, 7)), None)
+    sink.write(make_rows(1, range(3, 7)))
     sink.send({"op": "mask", "mask": None})
-    sink.write(make_rows(1, range(7, 9)), None)
+    sink.write(make_rows(1, range(7, 9)))
     finish(sink, 1)
     os.kill(sink._process.pid, signal.SIGCONT)
     sink.close()
@@ -219,11 +219,11 @@ def speculate(sink, number, prompt_tokens, **speculation):
 def test_drafts_in_vain_leave_no_rows(tmp_path, facts, make_rows):
     sink = RingSink(tmp_path, facts, Settings())
     speculate(sink, 1, 3)
-    sink.write(make_rows(1, range(3)), None)
+    sink.write(make_rows(1, range(3)))
     for start, rejected in ((3, 2), (5, 3), (6, 0), (10, 3)):
         rows = make_rows(1, range(start, start + 4))
         rows.position[4 - rejected :] = -1
-        sink.write(rows, None)
+        sink.write(rows)
     finish(sink, 1)
     sink.close()
     rows, complete = stored(tmp_path)
@@ -261,7 +261,7 @@ def test_a_pipeline_stage_passes_its_layers_through_the_ring(tmp_path, facts, sh
     rows = make_rows(1, range(5))
     routes = stage.of(shape).num_routes
     rows.experts, rows.weights = rows.experts[:, :routes], rows.weights[:, :routes]
-    sink.write(rows, None)
+    sink.write(rows)
     finish(sink, 1)
     sink.close()
     [file] = committed_files(tmp_path)[0]
