@@ -102,6 +102,11 @@ def store_notes(path: str | Path) -> list[str]:
                 f"writer {writer.writer} dropped {writer.dropped_rows:,} rows; "
                 f"{writer.incomplete_requests:,} of its requests are incomplete."
             )
+        if writer.unfinished_requests:
+            notes.append(
+                f"writer {writer.writer}: {writer.unfinished_requests:,} requests were running when "
+                "their engine ended, and are not in the store."
+            )
     return notes
 
 

@@ -64,6 +64,11 @@ class Assembler:
         self.finished_rows = 0  # rows in the pool that `take` would deliver
 
     @property
+    def num_open(self) -> int:
+        """Requests that have begun and are not finished."""
+        return len(self._open)
+
+    @property
     def num_finished(self) -> int:
         """Finished requests that wait for `take`."""
         return len(self._finished)

@@ -59,6 +59,9 @@ class Recorder:
         self._live: dict[str, _Live] = {}
         self._unsent: list[dict[str, Any]] = []
         self._global_mask: str | None = None
+        self._batch: tuple[list[str], bytes] | None = None  # that `_owner` and `_places` are of
+        self._owner: NDArray[np.uint32] = np.zeros(0, np.uint32)
+        self._places: NDArray[np.intp] | None = None
 
     @property
     def num_live(self) -> int:
@@ -103,17 +106,26 @@ class Recorder:
         if self.sink.send(message):
             self.num_requests = number
             self._live[request_id] = _Live(number)
+            self._batch = None
 
     def finish(self, request_ids: AbstractSet[str]) -> None:
         """These requests get no more rows; ids that are not traced are passed over."""
         if self.sink is None:
             return
         for request_id in self._live.keys() & request_ids:
-            live = self._live.pop(request_id)
+            live, self._batch = self._live.pop(request_id), None
             message = {"op": "finish", "request": live.number, "lost_rows": live.lost_rows}
             self._unsent.append(message)
         while self._unsent and self.sink.send(self._unsent[0]):
             self._unsent.pop(0)
+
+    def rest(self) -> None:
+        """Nothing is computed for now: let go of the rows whose copy was under way.
+
+        Waits for the device, and so only while no traced request runs.
+        """
+        if isinstance(self.sink, RingSink) and not self._live:
+            self.sink.poll(wait=True)
 
     def mask_changes(self, key: str | None) -> None:
         """From the next step on, requests without a mask of their own run under this one."""
@@ -145,12 +157,16 @@ class Recorder:
         live = self._live
         if not live:
             return
-        numbers = np.array([live[r].number if r in live else 0 for r in request_ids], np.uint32)
-        owner = np.repeat(numbers, counts)
-        places = None if numbers.all() else np.flatnonzero(owner)
-        if places is not None and not len(places):
+        batch = list(request_ids), counts.tobytes()
+        if batch != self._batch:  # in decoding, most are as the one before
+            numbers = np.array([live[r].number if r in live else 0 for r in request_ids], np.uint32)
+            owner = np.repeat(numbers, counts)
+            self._places = None if numbers.all() else np.flatnonzero(owner)
+            self._owner = owner if self._places is None else owner[self._places]
+            self._batch = batch
+        if not len(self._owner):
             return
-        if not self._hand_over(self.sink, owner, positions, tokens, places):
+        if not self._hand_over(self.sink, positions, tokens):
             for request_id, count in zip(request_ids, counts, strict=True):
                 if request_id in live:
                     live[request_id].lost_rows += int(count)
@@ -158,14 +174,12 @@ class Recorder:
     def _hand_over(
         self,
         sink: Sink,
-        owner: NDArray[np.uint32],
         positions: torch.Tensor,
         tokens: torch.Tensor,
-        places: NDArray[np.intp] | None,
     ) -> bool:
         if isinstance(sink, NullSink):
             return True
-        wanted = owner if places is None else owner[places]
+        wanted, places = self._owner, self._places
         if self._side is None:
             rows = Rows.empty(len(wanted), self.facts.shape)
             rows.request[:] = wanted
@@ -185,7 +199,7 @@ class Recorder:
         """Send rows to `sink` from now on; requests that run already are not traced."""
         self.weights.fill_(_NEVER)
         self.silent_layers = None
-        self.sink = sink
+        self.sink, self._batch = sink, None
         if self.ids.device.type == "cuda" and isinstance(sink, RingSink):
             self._side = SideStream(sink.ring, self.max_tokens, self.ids.device)
         if self._global_mask is not None:
@@ -213,7 +227,7 @@ class Recorder:
         """Close the sink; requests that are not finished by now are given up."""
         sink, self.sink = self.sink, None
         side, self._side = self._side, None
-        self._live, self._unsent = {}, []
+        self._live, self._unsent, self._batch = {}, [], None
         if side is not None and isinstance(sink, RingSink):
             sink.poll(wait=True)
             side.close()

@@ -46,6 +46,8 @@ class SideStream:
         self._pack = pack
         self._stream = torch.cuda.Stream(device)
         self._copied: Any = torch.cuda.Event()
+        self._places: NDArray[np.intp] | None = None
+        self._index: torch.Tensor | None = None  # `_places` on the device
 
     def close(self) -> None:
         """Unpin the ring; no copy may be under way."""
@@ -63,14 +65,17 @@ class SideStream:
         Args:
             step: weights, ids, positions and tokens of the step, on the device (`kernels.pack`).
             owner: uint32 [rows], the request of each row that is wanted.
-            places: intp [rows], which of the step's tokens these are; None: the first ones.
+            places: intp [rows], which of the step's tokens these are; None: the first ones. An
+                array that was given before must still hold the same.
             parts: from `Ring.reserve`, for as many rows.
 
         """
         main, count = torch.cuda.current_stream(), len(owner)
-        index = None
-        if places is not None:
-            index = torch.from_numpy(places).pin_memory().to(main.device, non_blocking=True)
+        if places is not self._places:  # the same array in steps of the same requests
+            index = None if places is None else torch.from_numpy(places).pin_memory()
+            self._index = index if index is None else index.to(main.device, non_blocking=True)
+            self._places = places
+        index = self._index
         for source, target in parts:
             self._owner[target] = owner[source]
         if count <= _FEW_ROWS and len(parts) == 1:

@@ -65,6 +65,7 @@ class Steering:
         self.always = captured is True and spec.scoring not in ("custom", "hash")
         self._biases = correction_biases
         self._slots: dict[str, int] = {}  # of requests that name a mask and run
+        self._batch: tuple[list[str], bytes] | None = None  # that `_assigned` is of
 
     @property
     def active(self) -> bool:
@@ -158,6 +159,7 @@ class Steering:
                 f"{self.keys.get(slot)!r}: it must not run unsteered"
             )
         self._slots[request_id] = slot
+        self._batch = None
 
     def finish(self, request_ids: Iterable[str]) -> None:
         """These requests run no more."""
@@ -166,12 +168,16 @@ class Steering:
 
     def assign(self, request_ids: Sequence[str], counts: NDArray[Any]) -> None:
         """Say of a step, before it runs, which mask each of its tokens has."""
+        batch = list(request_ids), counts.tobytes()
+        if batch == self._batch:
+            return  # as in the step before, which in decoding is the rule
+        self._batch = batch
         slots = np.array([self._slots.get(r, 0) for r in request_ids], np.int32)
         slots[slots == NO_MASK_SLOT] = self.num_slots + 1
         token_slots = np.repeat(slots, counts).astype(np.int32, copy=False)
         assigned = self._assigned[: len(token_slots)]
         if np.array_equal(assigned, token_slots):
-            return  # as in the step before, which in decoding is the rule
+            return
         assigned[:] = token_slots
         on_host = torch.from_numpy(token_slots)
         if self._on_gpu:  # from other memory the copy would wait for the device

@@ -48,6 +48,7 @@ _STAGED = re.compile(r"p(\d+)of(\d+)-")
 class WriterCounters:
     """What one writer did to a store. `state` is open, closed or killed.
 
+    `unfinished_requests` were running when their engine ended, and are not in the store.
     `layers`: those that the writer has, if not all of the model's.
     """
 
@@ -59,6 +60,7 @@ class WriterCounters:
     incomplete_requests: int = 0
     dropped_rows: int = 0
     dropped_requests: int = 0
+    unfinished_requests: int = 0
     bytes: int = 0
     layers: list[int] | None = None
 
@@ -180,6 +182,12 @@ class StoreWriter:
         counters = self.counters
         if (rows, requests) != (counters.dropped_rows, counters.dropped_requests):
             counters.dropped_rows, counters.dropped_requests = rows, requests
+            self._save_counters()
+
+    def save_unfinished(self, requests: int) -> None:
+        """Set the number of requests that were running when the engine ended."""
+        if requests != self.counters.unfinished_requests:
+            self.counters.unfinished_requests = requests
             self._save_counters()
 
     def __enter__(self) -> Self:

@@ -482,7 +482,8 @@ def _batch_v1(runner: Any) -> tuple[list[str], NDArray[np.int32]]:
     What was scheduled may hold more: the runner leaves out drafts that there are not.
     """
     ids = list(runner.input_batch.req_ids)
-    return ids, np.diff(runner.query_start_loc.np[: len(ids) + 1])
+    starts = runner.query_start_loc.np
+    return ids, starts[1 : len(ids) + 1] - starts[: len(ids)]
 
 
 def _sample_v1(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -555,7 +556,8 @@ def _prepare_inputs_v2(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _batch_v2(batch: Any) -> tuple[list[str], NDArray[np.int32]]:
-    return batch.req_ids, np.diff(batch.query_start_loc_np[: batch.num_reqs + 1])
+    starts, count = batch.query_start_loc_np, batch.num_reqs
+    return batch.req_ids, starts[1 : count + 1] - starts[:count]
 
 
 def _sample_v2(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -599,3 +601,5 @@ def _requests_change(tracer: WorkerTracer, scheduler_output: Any, speculates: bo
             if speculates:
                 more["speculation"] = params.max_tokens, params.min_tokens
             tracer.begin(request.req_id, dict(resolved), request.prompt_len, **more)
+    if not scheduler_output.total_num_scheduled_tokens:
+        tracer.rest()

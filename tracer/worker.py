@@ -71,6 +71,10 @@ class WorkerTracer:
         recorder.finish(request_ids)
         steering.finish(request_ids)
 
+    def rest(self) -> None:
+        """A step has no tokens; after the last one's, the next may be long in coming."""
+        self.demand()[0].rest()
+
     def begin(
         self, request_id: str, resolved: dict[str, Any], prompt_tokens: int, **more: Any
     ) -> None:

@@ -4,7 +4,7 @@
 
 A process and not a thread, since the engine's Python is the bottleneck of decoding. It outlives
 the engine by as long as it needs: when the engine is gone, however it died, the rows in the ring
-are still there; requests that were finished are written, the others are given up.
+are still there; requests that were finished are written, the others are given up and counted.
 
 A speculating engine computes tokens that may not be its requests': `Drafts` keeps their rows out.
 """
@@ -119,6 +119,8 @@ class Writer:
                 if self._due():
                     self.commit()
                 continue
+            if ended:
+                self._give_up()
             if ended or asked != self.ring.word(SYNC_DONE) or self._due():
                 self.commit()
                 self.ring.set_word(SYNC_DONE, asked)
@@ -170,6 +172,22 @@ class Writer:
             else:
                 self._drafts.finish(message["request"])
                 self.assembler.finish(message["request"], message["lost_rows"])
+
+    def _give_up(self) -> None:
+        """The engine is gone: what it had not handed over will not come any more.
+
+        A request whose last rows were on their way is incomplete; one that ran is not written.
+        """
+        for message in self._pending:
+            if message["op"] == "finish":
+                missing = message["rows_before"] - self._taken
+                self._drafts.finish(message["request"])
+                self.assembler.finish(message["request"], message["lost_rows"] + missing)
+        if self._pending:
+            missing = self._pending[-1]["rows_before"] - self._taken
+            self.ring.set_word(DROPPED_ROWS, self.ring.word(DROPPED_ROWS) + missing)
+            self._pending.clear()
+        self.store.save_unfinished(self.assembler.num_open)
 
     def commit(self) -> None:
         """Write the finished requests, if any, as one pair of files."""

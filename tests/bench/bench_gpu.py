@@ -3,6 +3,7 @@
     python tests/bench/bench_gpu.py --shapes DIR... --cards 0,1 --plan            what it would do
     python tests/bench/bench_gpu.py --shapes DIR... --cards 0,1 --out r.jsonl     do it, or go on
     python tests/bench/bench_gpu.py --shapes DIR... --cards 0,1 --http --out r.jsonl
+    python tests/bench/bench_gpu.py --shapes DIR... --cards 0,1 --parallel tp --out r.jsonl
     python tests/bench/bench_gpu.py --table r.jsonl                               into the document
     python tests/bench/bench_gpu.py --cpu --rounds 1 --out r.jsonl                its twin on a CPU
 
@@ -19,6 +20,7 @@ import platform
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,12 +59,21 @@ class EngineError(Exception):
 
 
 class Engine:
-    """A process of gpu_engine.py."""
+    """A process of gpu_engine.py; `more` is its environment beside the kind's."""
 
-    def __init__(self, kind: str, shape: Shape, card: int, cores: list[int], bench: "Bench"):
+    def __init__(
+        self,
+        kind: str,
+        shape: Shape,
+        cards: str,
+        cores: list[int],
+        bench: "Bench",
+        more: dict[str, str],
+    ) -> None:
         self.kind = kind
-        self.log = bench.folder / f"card{card}-{shape.folder.name}-{kind}.log"
-        folder = bench.folder / f"{shape.folder.name}-{card}-{kind}"
+        name = f"{shape.folder.name}-{cards}-{kind}{more.get('VLLM_DP_RANK', '')}"
+        self.log = bench.folder / f"{name}.log"
+        folder = bench.folder / name
         folder.mkdir(exist_ok=True)
         self._answers, theirs = os.pipe()
         given = {
@@ -72,13 +84,14 @@ class Engine:
             "kv_cache_bytes": shape.kv_cache_bytes,
             "cores": cores,
             "cpu": bench.cpu,
+            "tensor_parallel": len(cards.split(",")) if bench.given.parallel == "tp" else 1,
             "folder": str(folder),
             "answers": theirs,
         }
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "gpu_engine.py"), json.dumps(given)],
-                env=bench.environment(card, kind),
+                env=bench.environment(cards, kind) | more,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -89,15 +102,17 @@ class Engine:
         os.close(theirs)
         self._rest, self._closed = b"", False
 
-    def ask(self, command: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
-        """The answer to a command; with None, to the start."""
-        if command is not None:
-            assert self._process.stdin is not None
-            try:
-                self._process.stdin.write(json.dumps(command) + "\n")
-                self._process.stdin.flush()
-            except OSError:
-                raise EngineError(f"{self.kind} ended; {self._tail()}") from None
+    def tell(self, command: dict[str, Any]) -> None:
+        """Give it a command."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise EngineError(f"{self.kind} ended; {self._tail()}") from None
+
+    def answer(self, timeout_s: float) -> dict[str, Any]:
+        """The answer to the last command; if there was none, to the start."""
         deadline = time.monotonic() + timeout_s
         while b"\n" not in self._rest:
             if self._process.poll() is not None:
@@ -107,8 +122,8 @@ class Engine:
             if select.select([self._answers], [], [], 0.5)[0]:
                 self._rest += os.read(self._answers, 1 << 16)
         line, _, self._rest = self._rest.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        given: dict[str, Any] = json.loads(line)
+        return given
 
     def close(self) -> None:
         """End it and its children at once."""
@@ -121,6 +136,56 @@ class Engine:
 
     def _tail(self) -> str:
         return f"{self.log} ends: {self.log.read_text(errors='replace')[-1500:]}"
+
+
+class Replicas:
+    """The engines of one arm that share its requests: one, or those of data parallelism."""
+
+    def __init__(
+        self, kind: str, shape: Shape, cards: str, cores: list[int], bench: "Bench"
+    ) -> None:
+        environments: list[dict[str, str]] = [{}]
+        if bench.given.parallel == "dp":
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            environments = [
+                {
+                    "VLLM_DP_RANK": f"{rank}",
+                    "VLLM_DP_RANK_LOCAL": f"{rank}",
+                    "VLLM_DP_SIZE": f"{len(bench.cards)}",
+                    "VLLM_DP_MASTER_IP": "127.0.0.1",
+                    "VLLM_DP_MASTER_PORT": f"{port}",
+                }
+                for rank in range(len(bench.cards))
+            ]
+        self._engines = [Engine(kind, shape, cards, cores, bench, e) for e in environments]
+
+    def ask(self, command: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+        """The answer to a command; with None, to the start."""
+        if command is not None:
+            count, prompt, output = command["workload"]
+            share = -(-count // len(self._engines))
+            for rank, engine in enumerate(self._engines):
+                engine.tell(command | {"workload": [share, prompt, output], "rank": rank})
+        return joined([engine.answer(timeout_s) for engine in self._engines])
+
+    def close(self) -> None:
+        """End them and their children at once."""
+        for engine in self._engines:
+            engine.close()
+
+
+def joined(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """One answer of all replicas, which worked at the same time."""
+    if len(answers) == 1 or (failed := [a for a in answers if "error" in a]):
+        return answers[0] if len(answers) == 1 else failed[0]
+    out = {}
+    for name in answers[0]:
+        values = [answer[name] for answer in answers]
+        longest = name.endswith("_s") and name != "writer_cpu_s"
+        out[name] = max(values) if longest or name == "seconds" else sum(values)
+    return out | {name: all(a[name] for a in answers) for name in ("exact", "ready") if name in out}
 
 
 class Bench:
@@ -143,18 +208,24 @@ class Bench:
         # Cards with cores of their own do not disturb each other.
         self.cores = {c: cores[i * share :][:share] for i, c in enumerate(self.cards)}
         self._lock = threading.Lock()
-        self._engines: list[Engine] = []
+        self._engines: list[Replicas] = []
         self._ending = False
         before = self.out.read_text().splitlines() if self.out and self.out.exists() else []
         self.before = [json.loads(line) for line in before]
 
-    def environment(self, card: int, kind: str) -> dict[str, str]:
+    def plan(self, shape: Shape, gib: float) -> list[list[Phase]]:
+        """What comes when, on which cards; engines on several cards take a share of each."""
+        if not self.given.parallel:
+            return plan(shape, self.cards, gib, self.wanted)
+        return plan(replace(shape, weight_bytes=shape.weight_bytes // 2), [0], gib, self.wanted)
+
+    def environment(self, cards: str, kind: str) -> dict[str, str]:
         """Of an engine's process."""
         more = {
-            "CUDA_VISIBLE_DEVICES": str(card),
+            "CUDA_VISIBLE_DEVICES": cards,
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # `collective_rpc` of functions
             # Engines that start at the same time must not compile into one folder.
-            "VLLM_CACHE_ROOT": str(self.folder / f"cache-{card}-{kind}"),
+            "VLLM_CACHE_ROOT": str(self.folder / f"cache-{cards}-{kind}"),
             "HF_HUB_OFFLINE": "1",
         }
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MOESCOPE_")}
@@ -177,6 +248,7 @@ class Bench:
         return sum(
             line["kind"] == "round"
             and (line["shape"], line["layers"]) == (shape.folder.name, shape.layers)
+            and line.get("parallel") == self.given.parallel
             and line["workload"] == workload
             and set(line["arms"]) | set(line["failed"]) >= set(arms)
             for line in self.before
@@ -201,11 +273,16 @@ class Bench:
     ) -> None:
         where = f"{shape.name}, card {phase.card}"
         self.say(f"{where}: {' + '.join(phase.engines)} start")
-        cores = self.cores[phase.card]
-        engines = {k: Engine(k, shape, phase.card, cores, self) for k in phase.engines}
+        cores, cards = self.cores[phase.card], f"{phase.card}"
+        if self.given.parallel:
+            cores = [core for each in self.cores.values() for core in each]
+            cards = self.given.cards
+        engines = {k: Replicas(k, shape, cards, cores, self) for k in phase.engines}
         self._engines += engines.values()
         facts = {"shape": shape.folder.name, "layers": shape.layers, "of": shape.all_layers}
         facts |= {"card": phase.card}
+        if self.given.parallel:
+            facts |= {"parallel": self.given.parallel}
         try:
             for kind, engine in list(engines.items()):
                 try:
@@ -223,7 +300,7 @@ class Bench:
     def _run_rounds(
         self,
         where: str,
-        engines: dict[str, Engine],
+        engines: dict[str, Replicas],
         todo: dict[str, list[str]],
         done: dict[str, int],
         facts: dict[str, Any],
@@ -289,7 +366,7 @@ class Bench:
         return {"arm": arm, "workload": size_now, "seed": seed, "repeats": repeats}
 
     def _lose(
-        self, engines: dict[str, Engine], kind: str, error: str, facts: dict[str, Any]
+        self, engines: dict[str, Replicas], kind: str, error: str, facts: dict[str, Any]
     ) -> None:
         engines.pop(kind).close()
         if self._ending:
@@ -368,7 +445,7 @@ def run_engines(bench: Bench, shapes: list[Shape], gib: float) -> None:
     for shape in shapes:
         threads = [
             threading.Thread(target=bench.run_card, args=(shape, phases), daemon=True)
-            for phases in plan(shape, bench.cards, gib, bench.wanted)
+            for phases in bench.plan(shape, gib)
         ]
         for thread in threads:
             thread.start()
@@ -422,6 +499,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for stores, logs, compiled graphs")
     parser.add_argument("--cpu", action="store_true", help="the twin: a tiny model, no GPU")
     parser.add_argument("--http", action="store_true", help="latency over HTTP instead")
+    parser.add_argument(
+        "--parallel", choices=("tp", "dp"), help="engines on all cards: tensor or data parallel"
+    )
     parser.add_argument("--rate", type=float, default=16.0, help="requests a second over HTTP")
     parser.add_argument("--window", type=float, default=15.0, help="seconds a round over HTTP")
     parser.add_argument("--plan", action="store_true", help="say what would be done")
@@ -453,7 +533,7 @@ def main() -> None:
             lines = [f"{shape.name}: two servers, {given.rounds} rounds: {seconds / 60:.1f} min"]
             total += seconds / len(bench.cards)
         else:
-            plans = plan(shape, bench.cards, gib, bench.wanted)
+            plans = bench.plan(shape, gib)
             workloads = list(bench.workloads)
             lines, seconds = describe(shape, plans, bench.wanted, workloads, given.rounds)
             total += seconds

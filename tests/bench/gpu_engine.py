@@ -118,6 +118,8 @@ def open_llm(given: dict[str, Any]) -> Any:
         "kv_cache_memory_bytes": given["kv_cache_bytes"],
         "hf_overrides": {"num_hidden_layers": given["layers"]},
     }
+    if given["tensor_parallel"] > 1:
+        options["tensor_parallel_size"] = given["tensor_parallel"]
     if given["kind"] == "capture":
         options["enable_return_routed_experts"] = True
     if given["kind"] == "steermoe":
@@ -185,7 +187,7 @@ def measure(
 
     arm, repeats = command["arm"], command["repeats"]
     count, prompt, output = command["workload"]
-    rng = np.random.default_rng(command["seed"])
+    rng = np.random.default_rng([command["seed"], command.get("rank", 0)])
     # New ones in every round, the same for all arms of it: none is in a prefix cache.
     ids = rng.integers(10, min(given["vocab"], 30_000), (repeats, count, prompt)).tolist()
     batches = [[{"prompt_token_ids": one} for one in batch] for batch in ids]

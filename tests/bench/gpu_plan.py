@@ -61,6 +61,7 @@ class Arm:
 
 ARMS = {
     "plain": Arm("plain", "vLLM without the plugin"),
+    "again": Arm("again", "vLLM without the plugin, a second process: what is noise"),
     "idle": Arm("ours", "moescope installed, nothing asked of it"),
     "traced": Arm("ours", "every request traced to Parquet", overhead_s=1.6),
     "tenth": Arm(
@@ -91,6 +92,7 @@ ENGINES: dict[str, dict[str, str]] = {
     "plain": {"VLLM_PLUGINS": ""},
     "ours": {"VLLM_PLUGINS": "moescope", "MOESCOPE_STEER": "auto"},
     "steerable": {"VLLM_PLUGINS": "moescope", "MOESCOPE_STEER": "on"},
+    "again": {"VLLM_PLUGINS": ""},
     "capture": {"VLLM_PLUGINS": ""},
     "steermoe": {"VLLM_PLUGINS": ""},
 }

@@ -12,6 +12,7 @@ from gpu_plan import ARMS, WORKLOADS
 
 BEGIN, END = "<!-- measured: bench_gpu.py --table writes this -->", "<!-- measured: end -->"
 _RESAMPLES = 10_000
+_PARALLEL = {"": "", "tp": ", tensor parallel on two cards", "dp": ", data parallel on two cards"}
 
 Line = dict[str, Any]
 
@@ -31,12 +32,12 @@ def write_table(results: Path, document: Path) -> None:
 def tables(lines: list[Line]) -> str:
     """Everything that results say, in Markdown."""
     parts = ["\n".join(_sessions(lines))]
-    shapes = sorted({(line["shape"], line["layers"]) for line in lines if "shape" in line})
-    for name, layers in shapes:
-        mine = [line for line in lines if (line.get("shape"), line.get("layers")) == (name, layers)]
+    shapes = sorted({_what(line) for line in lines if "shape" in line})
+    for name, layers, parallel in shapes:
+        mine = [line for line in lines if _what(line) == (name, layers, parallel)]
         of = next(line["of"] for line in mine)
         cut = "" if of == layers else f", {layers} of its {of} layers"
-        parts.append(f"### {name}{cut}")
+        parts.append(f"### {name}{cut}{_PARALLEL[parallel]}")
         makers: list[Callable[[list[Line]], list[str]]] = [
             _throughput,
             _writing,
@@ -47,6 +48,10 @@ def tables(lines: list[Line]) -> str:
         ]
         parts += ["\n".join(made) for make in makers if (made := make(mine))]
     return "\n\n".join(parts) + "\n"
+
+
+def _what(line: Line) -> tuple[str, int, str]:
+    return line.get("shape", ""), line.get("layers", 0), line.get("parallel") or ""
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -205,7 +210,17 @@ def _latency(lines: list[Line]) -> list[str]:
         return []
     first = rounds[0]
     rows = []
+    heads = ["Arm", "requests", "failed", "first token p50, ms", "p99", "between tokens p50, ms"]
+    heads += [
+        "p99",
+        "per token p50, ms",
+        "per token p50, ratio",
+        "p99",
+        "between tokens p50, ratio",
+    ]
+    heads += ["p99"]
     figures = ("ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99", "tpot_ms_p50")
+    compared = ("tpot_ms_p50", "tpot_ms_p99", "itl_ms_p50", "itl_ms_p99")
     for arm in sorted(first["arms"], key=list(ARMS).index):
         answers = [line["arms"][arm] for line in rounds if line["arms"][arm]["requests"]]
         if not answers:
@@ -217,10 +232,11 @@ def _latency(lines: list[Line]) -> list[str]:
             f"{sum(a['failed'] for a in answers)}",
         ]
         cells += [f"{statistics.median(a[name] for a in answers):.2f}" for name in figures]
-        ratios = [a["itl_ms_p99"] / p["itl_ms_p99"] for a, p in zip(answers, plains, strict=True)]
-        rows.append([*cells, _spread(ratios) if arm != "plain" else "1 | | "])
-    heads = ["Arm", "requests", "failed", "first token p50, ms", "p99", "between tokens p50, ms"]
-    heads += ["p99", "per token p50, ms", "p99 between tokens, ratio", "95 %", "all rounds"]
+        for name in compared if arm != "plain" else ():
+            ratios = [a[name] / p[name] for a, p in zip(answers, plains, strict=True)]
+            middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+            cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
+        rows.append(cells + ["1"] * (len(heads) - len(cells)))
     said = [
         f"Over HTTP: {first['rate']:g} requests a second arrive at random, {first['size']} tokens; "
         f"{len(rounds)} rounds of {first['window_s']:g} s an arm.",

@@ -1,6 +1,7 @@
 """On a GPU: speculating engines, FP8 weights, and eager engines, which can always be steered."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -60,6 +61,19 @@ def test_drafts_in_vain_leave_no_rows(model, prompts, tmp_path, eager):
     for index, output in enumerate(outputs):
         assert rows[f"{index}"][0] == prompts[index] + list(output.outputs[0].token_ids)[:-1]
     assert_as_near_as_rounding("speculating", model, rows)
+
+
+def test_an_idle_engine_has_stored_its_last_request(model, prompts, tmp_path, monkeypatch):
+    """No step follows that would see that the last rows have arrived."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("MOESCOPE_STORE", str(tmp_path / "traces"))
+    monkeypatch.setenv("MOESCOPE_FLUSH_SECONDS", "0.5")
+    with open_engine(model, **OPTIONS, enforce_eager=False) as llm:
+        llm.generate(as_prompts(prompts), [sampling(i) for i in range(16)])
+        deadline = time.monotonic() + 20
+        while len(traced_rows(tmp_path / "traces")) < 16 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert len(traced_rows(tmp_path / "traces")) == 16
 
 
 def test_fp8_weights_are_traced_as_vllm_captures_them(model, prompts, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from moescope.analysis.verify import store_notes
 from moescope.tracer.assemble import Traced
 from moescope.tracer.errors import StoreError, TracerError
 from moescope.tracer.format import Stage
@@ -153,20 +154,30 @@ def test_an_engine_killed_by_sigkill_leaves_its_finished_requests(
         from moescope.tracer.ring import HEAD, TAIL
         from moescope.tracer.settings import Settings
         from moescope.tracer.sink import RingSink
-        facts, done, running = pickle.loads(sys.stdin.buffer.read())
+        facts, done, running, late = pickle.loads(sys.stdin.buffer.read())
         sink = RingSink(Path(sys.argv[1]), facts, Settings())
         for n, rows in ((1, done), (2, running)):
             sink.send({"op": "begin", "request": n, "request_id": f"r{n}", "run": "x",
                        "prompt_tokens": 4})
             sink.write(rows)
         sink.send({"op": "finish", "request": 1, "lost_rows": 0})
+        class OnItsWay:
+            def query(self): return False
+        sink.send({"op": "begin", "request": 3, "request_id": "r3", "run": "x",
+                   "prompt_tokens": 4})
+        sink.write(late)
+        sink.reserve(2)
+        sink.publish(2, OnItsWay())  # a copy that the end overtakes
+        sink.send({"op": "finish", "request": 3, "lost_rows": 0})
         for child in psutil.Process().children(recursive=True) if sys.argv[2] else ():
             child.kill()
         os.kill(os.getpid(), signal.SIGKILL)
     """)
     killed = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path), "descendants" if descendants else ""],
-        input=pickle.dumps((facts, make_rows(1, range(9)), make_rows(2, range(7)))),
+        input=pickle.dumps(
+            (facts, make_rows(1, range(9)), make_rows(2, range(7)), make_rows(3, range(6)))
+        ),
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL
@@ -175,8 +186,11 @@ def test_an_engine_killed_by_sigkill_leaves_its_finished_requests(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     rows, complete = stored(tmp_path)
-    assert rows == {"r1": [1000 + i for i in range(9)]}
-    assert complete == {"r1": True}
+    assert rows == {"r1": [1000 + i for i in range(9)], "r3": [3000 + i for i in range(6)]}
+    assert complete == {"r1": True, "r3": False}
+    [counters] = read_writers(tmp_path)
+    assert (counters.dropped_rows, counters.unfinished_requests) == (2, 1)
+    assert any("1 requests were running" in note for note in store_notes(tmp_path))
 
 
 def test_finished_requests_reach_the_disk_without_being_asked(tmp_path, facts, make_rows):
