@@ -3,28 +3,45 @@
     RD(layer, expert) = E[A | positive] - E[A | negative]
 
 A is whether a token selected the expert, or the gate weight that it gave. docs/statistics.md has
-the definitions; the sums are in rd_requests.sql and rd_rates.sql.
+the definitions. The way of the data:
+
+    rd_requests.py   which requests and which of their tokens count
+    counts.py        each request's count of every expert, or from the store's aggregate.py
+    rd_examples.py   requests added up to conditions, and to examples
+    rd_estimates.py  the columns; how sure they are says inference.py
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import duckdb
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from moescope.analysis.views import open_store, read_sql, unreadable
+from moescope.analysis.aggregate import read_aggregate
+from moescope.analysis.rd_estimates import Experts, Source
+from moescope.analysis.rd_examples import make_design
+from moescope.analysis.rd_requests import (
+    ALL_SEGMENTS,
+    choose_requests,
+    is_whole_segment,
+    number_units,
+    parse_positions,
+    query,
+    token_lengths,
+)
+from moescope.analysis.views import open_store, unreadable
 from moescope.tracer.errors import InputError
+from moescope.tracer.format import MoeShape
 
 Estimator = Literal["token", "sequence"]
 
 METADATA_KEY = b"moescope.rd"
-ALL_SEGMENTS = "all"
-NO_TOKEN = "no token in the segment"  # as in rd_requests.sql
+DEFAULT_RESAMPLES = 2000
 
 
 def risk_difference(
@@ -39,6 +56,14 @@ def risk_difference(
     length_match: bool = False,
     run: str | None = None,
     include_incomplete: bool = False,
+    positions: str | None = None,
+    lead: int = 0,
+    token_ids: Sequence[int] | None = None,
+    exclude_token_ids: Sequence[int] | None = None,
+    strata: str | None = None,
+    resamples: int = DEFAULT_RESAMPLES,
+    stability: int = 0,
+    seed: int = 0,
 ) -> pa.Table:
     """The risk difference of every expert of every MoE layer, largest magnitude first.
 
@@ -52,24 +77,24 @@ def risk_difference(
     d1, a2, d2 stay counts. With `length_match` only requests whose example has a request in both
     conditions count, each with the first K = min(L1, L2) tokens of its segment.
 
+    `lead` takes so many tokens before the segment's first one in; `positions` ("first:8",
+    "last:8", "2:10") takes a part of that; `token_ids` and `exclude_token_ids` filter what is
+    left. With `strata` (a column of the requests, or FILE:COLUMN by example id) conditions are
+    compared within each of its values.
+
     One row for each (MoE layer, expert), also experts never chosen, in the order of descending
     |rd|, then layer, then expert: layer, expert (int32); a1, d1 (int64: tokens of the positive
     condition that did and did not select the expert), a2, d2 (the same for the negative one);
-    rate_positive, rate_negative, rd (float64); tokens_positive, tokens_negative,
+    rate_positive, rate_negative, rd (float64); with `resamples` also ci_low, ci_high, p_value,
+    q_value, effect (float64, null where undefined); tokens_positive, tokens_negative,
     examples_positive, examples_negative (int64: what was counted; an example is a request). The
-    schema's metadata holds the settings, the counts and what was left out, as JSON under
-    b"moescope.rd".
+    schema's metadata holds the settings, the counts, the ids of the examples and what was left
+    out, as JSON under b"moescope.rd"; with `stability` also how far the top so many experts would
+    hold with other examples.
 
     Raises InputError when a setting doesn't fit the store or nothing is left to compare;
     StoreError when the store can't be read.
     """
-    if estimator not in get_args(Estimator):
-        choices = " or ".join(get_args(Estimator))
-        raise InputError(f"unknown estimator {estimator!r}: choose {choices}.")
-    if positive == negative:
-        raise InputError(
-            f"positive and negative are both {positive!r}: name two values of {condition_column}."
-        )
     settings: dict[str, Any] = {
         "condition_column": condition_column,
         "positive": positive,
@@ -80,20 +105,62 @@ def risk_difference(
         "length_match": length_match,
         "run": run,
         "include_incomplete": include_incomplete,
+        "positions": positions,
+        "lead": lead,
+        "token_ids": sorted(set(token_ids)) if token_ids else None,
+        "exclude_token_ids": sorted(set(exclude_token_ids)) if exclude_token_ids else None,
+        "strata": strata,
+        "resamples": resamples,
+        "seed": seed,
     }
+    _check(settings, stability)
     with _cursor(store) as con:
-        path = _query(con, "SELECT store FROM model")["store"][0].as_py()
+        model = query(con, "SELECT * FROM model").to_pylist()[0]
+        shape = MoeShape(tuple(model["moe_layers"]), model["num_experts"], model["top_k"])
+        path = model["store"]
+        if gate_mass and not model["weights"]:
+            raise InputError(
+                f"{path} has no gate weights (expert ids alone were imported): leave out gate mass."
+            )
+        aggregate = None
+        # A connection covers the files of its time; the aggregate, those of now.
+        if is_whole_segment(settings) and not isinstance(store, duckdb.DuckDBPyConnection):
+            aggregate = read_aggregate(path)
         try:
-            requests = _choose_requests(con, settings)
-            con.register("rd_requests", requests)
-            bound = ("gate_mass", "length_match", "segment")
-            table = _query(con, read_sql("rd_rates"), {name: settings[name] for name in bound})
+            lengths = aggregate.lengths(segment) if aggregate else token_lengths(con, settings)
+            requests = choose_requests(con, settings, lengths)
+            units = number_units(requests)
+            source = Source(con, units, settings, shape, aggregate)
         except duckdb.Error as error:
             raise unreadable(path, error) from error
+    design = make_design(units, estimator)
+    found = Experts(design, source, shape, settings)
+    columns = found.estimate()
+    facts: dict[str, Any] = {}
+    if resamples:
+        inferred, facts = found.infer(stability)
+        columns |= inferred
+    examples = sorted(units["example_id"].drop_null().unique().to_pylist())
+    columns |= {
+        f"{what}_{side}": np.full(len(columns["rd"]), total)
+        for what, totals in (("tokens", found.tokens), ("examples", found.requests))
+        for side, total in zip(("positive", "negative"), totals, strict=True)
+    }
+    order = np.lexsort((columns["expert"], columns["layer"], -np.abs(columns["rd"])))
+    table = pa.table(
+        {name: pa.array(values[order], from_pandas=True) for name, values in columns.items()}
+    )
     facts = {
         "store": path,
         **settings,
         **{name: table[name][0].as_py() for name in table.column_names[-4:]},
+        "design": design.name,
+        "pairs": design.pairs,
+        **({"strata_used": [s.name for s in design.strata]} if strata else {}),
+        "aggregate": aggregate is not None,
+        **facts,
+        "examples": examples,
+        "num_examples": len(examples),
         "left_out": dict(Counter(filter(None, requests["left_out"].to_pylist()))),
     }
     return table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)})
@@ -108,6 +175,32 @@ def read_settings(table: pa.Table) -> dict[str, Any]:
     return settings
 
 
+def _check(settings: dict[str, Any], stability: int) -> None:
+    """InputError for settings that fit no store."""
+    if settings["estimator"] not in get_args(Estimator):
+        choices = " or ".join(get_args(Estimator))
+        raise InputError(f"unknown estimator {settings['estimator']!r}: choose {choices}.")
+    if settings["positive"] == settings["negative"]:
+        raise InputError(
+            f"positive and negative are both {settings['positive']!r}: name two values of "
+            f"{settings['condition_column']}."
+        )
+    parse_positions(settings["positions"])
+    if settings["lead"] < 0:
+        raise InputError(
+            f"lead is {settings['lead']}: give the number of tokens before, 0 or more."
+        )
+    if settings["lead"] and settings["segment"] == ALL_SEGMENTS:
+        raise InputError("nothing precedes segment all: name a segment, or leave lead out.")
+    if settings["resamples"] and settings["resamples"] < 100:
+        raise InputError(
+            f"{settings['resamples']} resamples are too few for an interval: give 100 or more, or "
+            "0 for no intervals."
+        )
+    if stability and not settings["resamples"]:
+        raise InputError("stability is found by resampling: give resamples.")
+
+
 @contextmanager
 def _cursor(
     store: str | Path | duckdb.DuckDBPyConnection,
@@ -118,86 +211,6 @@ def _cursor(
             yield con
     else:
         with closing(open_store(store)) as con:
+            # Sums are exact in any order; keeping the rows' own would only cost time.
+            con.execute("SET preserve_insertion_order = false").fetchall()
             yield con
-
-
-def _query(
-    con: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, Any] | None = None
-) -> pa.Table:
-    return con.sql(sql, params=parameters).to_arrow_table()
-
-
-def _choose_requests(con: duckdb.DuckDBPyConnection, settings: dict[str, Any]) -> pa.Table:
-    """The requests of both conditions, as rd_requests.sql says; InputError if they can't do."""
-    column = settings["condition_column"]
-    columns = [row[0] for row in con.execute("DESCRIBE requests").fetchall()]
-    if column not in columns:
-        raise InputError(
-            f"unknown condition column {column!r}; the requests have: {', '.join(columns)}."
-        )
-    sql = read_sql("rd_requests").replace("{condition}", f'"{column}"')
-    bound = {name: value for name, value in settings.items() if f"${name}" in sql}
-    requests = _query(con, sql, bound)
-    for value, positive in ((settings["positive"], True), (settings["negative"], False)):
-        side = requests.filter(pc.equal(requests["positive"], positive))
-        if side.num_rows == 0:
-            raise _no_requests(con, settings, value)
-        if side["left_out"].null_count == 0:
-            raise _all_left_out(con, settings, value, side)
-    repeated = requests.filter(requests["repeated"])
-    if repeated.num_rows:
-        example = repeated["example_id"][0].as_py()
-        same = repeated.filter(pc.equal(repeated["example_id"], example))
-        raise InputError(
-            f"length matching pairs one request of each condition, but example {example!r} has "
-            f"several: {', '.join(same['request_id'].to_pylist())}. Choose one run "
-            f"({', '.join(sorted(set(same['run'].to_pylist())))}), or compare without length "
-            "matching."
-        )
-    return requests
-
-
-def _no_requests(
-    con: duckdb.DuckDBPyConnection, settings: dict[str, Any], value: str
-) -> InputError:
-    column, run = settings["condition_column"], settings["run"]
-    runs = _counts(con, "SELECT run FROM requests")
-    if run is not None and run not in runs:
-        return InputError(f"no request is of run {run!r}; the runs are: {_listing(runs)}.")
-    values = _counts(
-        con,
-        f'SELECT "{column}"::VARCHAR FROM requests WHERE $run IS NULL OR run = $run',
-        {"run": run},
-    )
-    return InputError(f"no request has {column} = {value!r}; there are: {_listing(values)}.")
-
-
-def _all_left_out(
-    con: duckdb.DuckDBPyConnection, settings: dict[str, Any], value: str, side: pa.Table
-) -> InputError:
-    reasons = Counter(side["left_out"].to_pylist())
-    if NO_TOKEN in reasons:
-        segments = _counts(con, "SELECT segment FROM tokens")
-        if settings["segment"] not in segments:
-            return InputError(
-                f"no token is in segment {settings['segment']!r}; the segments and their tokens "
-                f"are: {_listing(segments)}, or {ALL_SEGMENTS} for every token."
-            )
-    return InputError(
-        f"every request with {settings['condition_column']} = {value!r} is left out "
-        f"({_listing(reasons)}). Requests are paired by example_id when length matching, and "
-        "incomplete ones count only with include_incomplete."
-    )
-
-
-def _counts(
-    con: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, Any] | None = None
-) -> dict[str | None, int]:
-    """How often each value of a query's only column occurs."""
-    query = f"SELECT value, count(*) FROM ({sql}) AS t(value) GROUP BY value ORDER BY value"
-    return dict(con.execute(query, parameters).fetchall())
-
-
-def _listing(counts: dict[str | None, int]) -> str:
-    named = (f"{'NULL' if value is None else value} ({n:,})" for value, n in counts.items())
-    return ", ".join(named) or "none (the store is empty)"

@@ -1,46 +1,36 @@
--- The requests of both conditions, one row each: why one is left out (NULL if it counts), how many
--- tokens of its segment count, and in which unit. rd.py fills in {condition}, a quoted column.
---
--- A *unit* is what one rate is measured on: all requests of a condition together (estimator
--- `token`), or each request by itself (estimator `sequence`), numbered in request id order.
+-- The requests of both conditions, one row each: why one is left out (NULL if it counts), and which
+-- of its tokens count. rd_requests.py fills in {condition}, a quoted column, and registers
+-- `rd_lengths` (rd_lengths.sql) and `rd_strata` (request_id, stratum).
 WITH
     chosen AS (
         SELECT
-            request_id, run, example_id,
+            request_id, run, example_id, stratum,
             {condition}::VARCHAR = $positive AS positive,
             complete OR $include_incomplete AS usable
-        FROM requests
+        FROM requests JOIN rd_strata USING (request_id)
         WHERE ($run IS NULL OR run = $run) AND {condition}::VARCHAR IN ($positive, $negative)
-    ),
-    lengths AS (
-        SELECT
-            request_id,
-            count(*) AS length,
-            list_sort(list(position) FILTER ($length_match)) AS positions
-        FROM tokens
-        WHERE $segment IN ('all', segment)
-        GROUP BY request_id
     ),
     paired AS (
         SELECT
-            *,
-            count(length) FILTER (usable AND positive) OVER pair AS num_positive,
-            count(length) FILTER (usable AND NOT positive) OVER pair AS num_negative,
-            min(length) FILTER (usable) OVER pair AS shorter
-        FROM chosen LEFT JOIN lengths USING (request_id)
+            * EXCLUDE (length),
+            nullif(length, 0) AS length,
+            count(nullif(length, 0)) FILTER (usable AND positive) OVER pair AS num_positive,
+            count(nullif(length, 0)) FILTER (usable AND NOT positive) OVER pair AS num_negative,
+            min(nullif(length, 0)) FILTER (usable) OVER pair AS shorter
+        FROM chosen LEFT JOIN rd_lengths USING (request_id)
         WINDOW pair AS (PARTITION BY example_id)
     )
 SELECT
-    request_id, run, example_id, positive,
+    request_id, run, example_id, stratum, positive,
     CASE
         WHEN NOT usable THEN 'incomplete'
         WHEN length IS NULL THEN 'no token in the segment'
         WHEN $length_match AND (example_id IS NULL OR least(num_positive, num_negative) = 0)
             THEN 'unpaired'
+        WHEN stratum IS NULL THEN 'in no stratum'
     END AS left_out,
     $length_match AND left_out IS NULL AND greatest(num_positive, num_negative) > 1 AS repeated,
     if($length_match, shorter, length) AS tokens,
-    positions[shorter] AS last_position,
-    if($estimator = 'token', positive::BIGINT, row_number() OVER (ORDER BY request_id)) AS unit
+    start, positions[1] AS first_position, positions[tokens] AS last_position
 FROM paired
 ORDER BY request_id

@@ -23,11 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moescope.analysis.esft import import_esft
-from moescope.analysis.rd import risk_difference
 from moescope.tracer.ring import Rows
 from moescope.tracer.settings import Settings
 from moescope.tracer.sink import RingSink
-from moescope.tracer.store import StoreWriter, committed_files, read_manifest, read_writers
+from moescope.tracer.store import committed_files, read_manifest, read_writers
 
 ESFT = Path(__file__).parents[3] / "shared/data/esft_routing/expert_scores.tar.xz"
 console = Console()
@@ -171,41 +170,10 @@ def bench_writer(rounds: int) -> None:
 
 
 def bench_rd(rounds: int) -> None:
-    """Risk differences over a million tokens of real routing."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Risk differences over millions of tokens of real routing (bench_rd.py)."""
+    import bench_rd
 
-    folder = Path(tempfile.mkdtemp())
-    esft = _esft_store(folder)
-    tokens, requests = (pa.concat_tables(map(pq.read_table, f)) for f in committed_files(esft))
-    with StoreWriter(folder / "big", read_manifest(esft)) as store:
-        for copy in range(31):
-            ids = [f"{copy}-{name}" for name in requests["request_id"].to_pylist()]
-            names = dict(zip(requests["request_id"].to_pylist(), ids, strict=True))
-            renamed = [names[name] for name in tokens["request_id"].to_pylist()]
-            store.commit(
-                tokens.set_column(0, "request_id", pa.array(renamed).dictionary_encode()),
-                requests.set_column(0, "request_id", pa.array(ids)),
-            )
-    table = Table("risk difference over", "estimator", "gate mass", "seconds: median", "min", "max")
-    for estimator in ("token", "sequence"):
-        for gate_mass in (False, True):
-            times = []
-            for _ in range(rounds):
-                start = time.perf_counter()
-                risk_difference(
-                    folder / "big",
-                    positive="law",
-                    negative="summary",
-                    segment="prompt",
-                    estimator=estimator,
-                    gate_mass=gate_mass,
-                )
-                times.append(time.perf_counter() - start)
-            spread = [statistics.median(times), min(times), max(times)]
-            size = f"{31 * tokens.num_rows:,} tokens in the store"
-            table.add_row(size, estimator, str(gate_mass), *(f"{t:.2f}" for t in spread))
-    console.print(table)
+    bench_rd.bench_rd(_esft_store(Path(tempfile.mkdtemp())), rounds)
 
 
 def main() -> None:

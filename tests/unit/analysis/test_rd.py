@@ -17,18 +17,26 @@ from moescope.tracer.format import MoeShape
 SIDES = {"positive": "a", "negative": "b"}
 
 
-def choices(request, shape, segment, gate_mass):
-    """A of each token of the segment: [tokens, layers, experts]."""
+def choices(request, shape, segment, gate_mass, lead, positions, without):
+    """A of each token that counts: [tokens, layers, experts]."""
     a = np.zeros((len(request.segments), len(shape.layers), shape.num_experts))
     np.put_along_axis(a, request.experts, request.weights if gate_mass else 1.0, axis=2)
-    return a[[segment in ("all", there) for there in request.segments]]
+    places = [at for at, there in enumerate(request.segments) if segment in ("all", there)]
+    if places and lead:
+        places = [*range(max(places[0] - lead, 0), places[0]), *places]
+    part = {None: slice(None), "first:2": slice(2), "last:2": slice(-2, None)}
+    part |= {"1:-1": slice(1, -1), "-3:": slice(-3, None), ":1": slice(1)}
+    places = [at for at in places[part[positions]] if 100 + at not in (without or ())]
+    return a[places]
 
 
-def reference(requests, shape, segment, estimator, gate_mass, length_match, include_incomplete):
+def reference(
+    requests, shape, segment, estimator, gate_mass, length_match, include_incomplete, **tokens
+):
     """Rates [2, layers, experts] of the conditions a and b, with their token and request counts."""
     sides = [[], []]
     for request in sorted(requests, key=lambda request: request.request_id):
-        a = choices(request, shape, segment, gate_mass)
+        a = choices(request, shape, segment, gate_mass, **tokens)
         if request.condition in ("a", "b") and len(a) and (request.complete or include_incomplete):
             sides["ab".index(request.condition)].append((request.example_id, a))
     if length_match:
@@ -65,8 +73,13 @@ def dense(table, column, shape):
     gate_mass=st.booleans(),
     length_match=st.booleans(),
     include_incomplete=st.booleans(),
+    lead=st.sampled_from([0, 0, 1, 3]),
+    positions=st.sampled_from([None, None, "first:2", "last:2", "1:-1", "-3:", ":1"]),
+    exclude_token_ids=st.sampled_from([None, None, [102], [100, 103]]),
 )
 def test_equals_the_reference(maker_of, seed, shape, count, **options):
+    if options["segment"] == "all":
+        options["lead"] = 0
     maker = maker_of(shape)
     requests = maker.random_requests(seed, count)
     if options["length_match"]:  # at most one complete request of each example and condition
@@ -76,7 +89,10 @@ def test_equals_the_reference(maker_of, seed, shape, count, **options):
             if request.complete or not options["include_incomplete"]
         }
         requests = list(unique.values())
-    rates, tokens, examples = reference(requests, shape, **options)
+    expected = {k: v for k, v in options.items() if k != "exclude_token_ids"}
+    expected["without"] = options["exclude_token_ids"]
+    rates, tokens, examples = reference(requests, shape, **expected)
+    options["resamples"] = 0
     with tempfile.TemporaryDirectory() as folder:
         path = maker.write(Path(folder, "s"), requests, per_file=8)
         if 0 in examples:
@@ -85,7 +101,7 @@ def test_equals_the_reference(maker_of, seed, shape, count, **options):
             return
         table = risk_difference(path, **SIDES, **options)
     counts, *_ = reference(
-        requests, shape, **(options | {"estimator": "token", "gate_mass": False})
+        requests, shape, **(expected | {"estimator": "token", "gate_mass": False})
     )
     assert table.num_rows == len(shape.layers) * shape.num_experts
     for at, (side, number) in enumerate((("positive", 1), ("negative", 2))):
@@ -121,7 +137,8 @@ def store(maker, requests, tmp_path_factory):
 
 
 def test_the_metadata_says_what_was_counted(store):
-    found = read_settings(risk_difference(store, **SIDES, run="r", length_match=True))
+    options = {"run": "r", "length_match": True}
+    found = read_settings(risk_difference(store, **SIDES, **options, resamples=0))
     assert found == {
         "store": str(store),
         "condition_column": "condition",
@@ -132,10 +149,22 @@ def test_the_metadata_says_what_was_counted(store):
         "length_match": True,
         "run": "r",
         "include_incomplete": False,
+        "positions": None,
+        "lead": 0,
+        "token_ids": None,
+        "exclude_token_ids": None,
+        "strata": None,
+        "resamples": 0,
+        "seed": 0,
         "tokens_positive": 5,
         "tokens_negative": 5,
         "examples_positive": 2,
         "examples_negative": 2,
+        "design": "paired",
+        "pairs": 2,
+        "aggregate": False,
+        "examples": ["x", "y"],
+        "num_examples": 2,
         "left_out": {"incomplete": 1, "unpaired": 1},
     }
 
@@ -163,10 +192,25 @@ def test_any_column_can_tell_conditions_apart(store):
         ({"segment": "answer"}, r"'answer'; .*: prompt \(14\), response \(28\), or all"),
         ({"estimator": "mean"}, "'mean': choose token or sequence"),
         ({"negative": "a"}, "both 'a'"),
+        ({"positions": "2"}, r"positions '2': give first:K, last:K or START:STOP"),
+        ({"positions": "first:0"}, "first:K"),
+        ({"lead": -1}, "lead is -1"),
+        ({"lead": 1, "segment": "all"}, "nothing precedes segment all"),
+        ({"resamples": 5}, "5 resamples are too few"),
+        ({"resamples": 0, "stability": 3}, "give resamples"),
+        ({"strata": "topic"}, "unknown strata column 'topic'; the requests have: request_id"),
+        ({"strata": "nowhere.csv:topic"}, "no file nowhere.csv"),
+        ({"strata": "run"}, "example 'x' is in the strata 'other' and 'r'"),
+        ({"strata": "mask"}, "every request with condition = 'a' is left out"),
+        ({"strata": "prompt_tokens", "run": "r"}, None),
+        ({"token_ids": [7]}, "and only tokens that the positions and token ids choose"),
         ({"length_match": True}, r"example 'x' has several: other/xa, r/xa, .*\(other, r\)"),
     ],
 )
 def test_errors_name_the_remedy(store, options, message):
+    if message is None:  # the one that is none
+        assert risk_difference(store, **(SIDES | options)).num_rows
+        return
     with pytest.raises(InputError, match=message):
         risk_difference(store, **(SIDES | options))
 
@@ -202,6 +246,26 @@ def test_damaged_tokens_are_an_error_of_the_store(maker, requests, tmp_path):
     file.write_bytes(data)
     with pytest.raises(StoreError, match="store verify"):
         risk_difference(path, **SIDES)
+
+
+def test_rates_are_added_in_the_order_of_the_ids(maker, tmp_path):
+    """Of many addends another order gives other last bits."""
+    requests = [
+        maker.request(f"q{number:02}", ["response"] * (3 + number % 11), number, condition=side)
+        for number, side in enumerate("ab" * 30)
+    ]
+    shuffled = [requests[at] for at in np.random.default_rng(0).permutation(len(requests))]
+    table = risk_difference(maker.write(tmp_path / "s", shuffled), **SIDES, resamples=0)
+    options = {"segment": "response", "estimator": "sequence", "gate_mass": False}
+    options |= {"length_match": False, "include_incomplete": False}
+    tokens = {"lead": 0, "positions": None, "without": None}
+    expected, *_ = reference(requests, maker.shape, **options, **tokens)
+    assert (dense(table, "rate_positive", maker.shape) == expected[0]).all()
+    backwards = sum(
+        choices(one, maker.shape, "response", False, **tokens).mean(axis=0)
+        for one in requests[::2][::-1]
+    )
+    assert (backwards / 30 != expected[0]).any()
 
 
 def test_a_thread_count_does_not_matter(maker, tmp_path):
