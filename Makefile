@@ -15,7 +15,7 @@ ENGINE_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOG
 # In float32 the numbers are the same on every processor.
 ENGINE := --enforce-eager --dtype float32 --attention-backend CPU_MLA
 
-.PHONY: help setup demo test unit lint format bench bench-gpu clean
+.PHONY: help setup demo control test unit lint format bench bench-gpu clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -33,16 +33,35 @@ setup: .venv/.ready  ## Create .venv and install the locked packages (CPU vLLM)
 	@rm -rf *.egg-info build  # a stale one would hide the entry points
 	@touch $@
 
-demo: .venv/.ready  ## Trace a small model on real questions and rank its experts, in about a minute
+# One thread: more of them, on a machine with other work, wait for one another most of the time.
+STORY_ENV := $(ENGINE_ENV) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+STORY := --max-model-len 128 --max-num-seqs 128 $(ENGINE)
+SPECIMEN := examples/specimen
+
+demo: .venv/.ready  ## The whole story on a small trained model: trace, rank, steer, evaluate, report
 	@rm -rf $(DEMO)
-	$(BIN)/moescope specimen make $(DEMO)/model --arch deepseek_v2 --seed 0
-	$(BIN)/moescope data faithfulness --format squad examples/questions.json --out $(DEMO)/job.jsonl
-	$(ENGINE_ENV) $(BIN)/moescope trace $(DEMO)/job.jsonl --model $(DEMO)/model --store $(DEMO)/traces \
-	    -- --max-model-len 1024 --max-num-seqs 32 $(ENGINE)
+	$(BIN)/moescope specimen data $(SPECIMEN) --others 60 --tuned 80 --out $(DEMO)/data
+	@for axis in faithfulness safety; do set -x; \
+	    $(STORY_ENV) $(BIN)/moescope trace $(DEMO)/data/$$axis.job.jsonl --model $(SPECIMEN) \
+	        --store $(DEMO)/traces --run $$axis -- $(STORY); \
+	done
 	$(BIN)/moescope store verify $(DEMO)/traces
 	$(BIN)/moescope store info $(DEMO)/traces
-	$(BIN)/moescope rd $(DEMO)/traces --positive with_doc --negative without_doc --segment question \
-	    --estimator sequence --top 10 --out $(DEMO)/ranking.parquet --plot $(DEMO)/heatmap.png
+	$(BIN)/moescope rd $(DEMO)/traces --run faithfulness --positive with_doc --negative without_doc \
+	    --stability --top 8 --out $(DEMO)/faithfulness.parquet
+	$(BIN)/moescope rd $(DEMO)/traces --run safety --positive safe --negative unsafe \
+	    --stability --top 8 --out $(DEMO)/safety.parquet
+	@for axis in faithfulness safety; do set -x; \
+	    $(STORY_ENV) $(BIN)/moescope eval $$axis $(DEMO)/data/$$axis.eval.jsonl --model $(SPECIMEN) \
+	        --ranking $(DEMO)/$$axis.parquet --tune $(DEMO)/data/$$axis.tune.jsonl \
+	        --tune $(DEMO)/data/utility.tune.jsonl --utility $(DEMO)/data/utility.eval.jsonl \
+	        --mode steermoe --experts 1,3,6 --random 8 --random-dose 2 --dose-items 60 \
+	        --out $(DEMO)/evals/$$axis -- $(STORY); \
+	done
+	$(BIN)/moescope report $(DEMO)/evals/faithfulness $(DEMO)/evals/safety --out $(DEMO)/report.html
+
+control:  ## The same on the unplanted model, whose experts should show no effect
+	@$(MAKE) --no-print-directory demo DEMO=.demo-control SPECIMEN=examples/specimen-unplanted
 
 test: .venv/.ready $(INTERPRETER)/.ready  ## Run all tests: units, real vLLM on the CPU, GPU kernels interpreted
 	$(BIN)/pytest
@@ -73,4 +92,4 @@ bench-gpu: .venv/.ready  ## Measure on GPUs at real shapes (docs/benchmarks.md)
 	$(BIN)/python tests/bench/bench_gpu.py $(BENCH)
 
 clean:  ## Remove what make made, but for .venv
-	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(DEMO) .demo-control .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

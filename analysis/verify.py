@@ -64,7 +64,8 @@ def verify_store(path: str | Path) -> list[Problem]:
     ids and positions. Raises StoreError when `path` is no trace store.
     """
     path = Path(path)
-    whole = read_manifest(path).shape
+    facts = read_manifest(path)
+    whole = facts.shape
     problems: list[Problem] = []
     readable: list[Path] = []
     layers = _layers(path)
@@ -74,7 +75,7 @@ def verify_store(path: str | Path) -> list[Problem]:
         if not tokens.exists():
             problems.append(Problem("missing tokens", _name(requests), None, "has no tokens file"))
             continue
-        faults = list(_check_pair(tokens, requests, shape))
+        faults = list(_check_pair(tokens, requests, shape, facts.weights))
         problems += faults
         if not any(fault.check in ("unreadable", "schema") for fault in faults):
             readable.append(requests)
@@ -104,8 +105,8 @@ def store_notes(path: str | Path) -> list[str]:
             )
         if writer.unfinished_requests:
             notes.append(
-                f"writer {writer.writer}: {writer.unfinished_requests:,} requests were running when "
-                "their engine ended, and are not in the store."
+                f"writer {writer.writer}: {writer.unfinished_requests:,} requests were running "
+                "when their engine ended, and are not in the store."
             )
     return notes
 
@@ -130,9 +131,10 @@ def _name(file: Path) -> str:
     return f"{file.parent.name}/{file.name}"
 
 
-def _check_pair(tokens: Path, requests: Path, shape: MoeShape) -> Iterator[Problem]:
+def _check_pair(tokens: Path, requests: Path, shape: MoeShape, weights: bool) -> Iterator[Problem]:
     sound = True
-    for file, schema in ((tokens, tokens_schema(shape)), (requests, requests_schema())):
+    schemas = tokens_schema(shape, weights=weights), requests_schema()
+    for file, schema in zip((tokens, requests), schemas, strict=True):
         try:
             there = pq.read_schema(file)
         except (pa.ArrowException, OSError) as error:
@@ -146,7 +148,7 @@ def _check_pair(tokens: Path, requests: Path, shape: MoeShape) -> Iterator[Probl
         return
     try:
         yield from _check_requests(tokens, requests)
-        yield from _check_routes(tokens, shape)
+        yield from _check_routes(tokens, shape, weights)
     except (pa.ArrowException, OSError, duckdb.Error) as error:
         yield Problem("unreadable", _name(tokens), None, str(error))
 
@@ -167,21 +169,29 @@ def _check_requests(tokens: Path, requests: Path) -> Iterator[Problem]:
             yield Problem(name, _name(tokens), request, what, count)
 
 
-def _check_routes(file: Path, shape: MoeShape) -> Iterator[Problem]:
+def _check_routes(file: Path, shape: MoeShape, has_weights: bool) -> Iterator[Problem]:
     """The lists of every token: first their lengths, then what stands in them."""
     found: dict[str, Problem] = {}
     columns = ["request_id", "position", "expert_ids", "gate_weights"]
     for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=columns):
+        failed = []
+        if not has_weights:
+            failed.append(
+                ("weight", batch, batch["gate_weights"].is_valid().to_numpy(False)[:, None])
+            )
+        lists = columns[2:] if has_weights else columns[2:3]
         whole = np.ones(batch.num_rows, bool)
-        for name in columns[2:]:
+        for name in lists:
             whole &= pc.list_value_length(batch[name]).to_numpy() == shape.num_routes
-        failed = [("list length", batch, ~whole[:, None])]
+        failed.append(("list length", batch, ~whole[:, None]))
         batch = batch.filter(pa.array(whole))
-        ids, weights = (
+        ids, *weights = (
             batch[name].flatten().to_numpy().reshape(-1, len(shape.layers), shape.top_k)
-            for name in columns[2:]
+            for name in lists
         )
-        failed += [(name, batch, wrong) for name, wrong in _wrong_routes(ids, weights, shape)]
+        failed += [(name, batch, wrong) for name, wrong in _wrong_ids(ids, shape)]
+        if weights:
+            failed += [(name, batch, wrong) for name, wrong in _wrong_weights(weights[0])]
         for name, rows, wrong in failed:
             if num_tokens := int(wrong.any(axis=1).sum()):
                 count = found[name].count if name in found else 0
@@ -190,12 +200,14 @@ def _check_routes(file: Path, shape: MoeShape) -> Iterator[Problem]:
     yield from found.values()
 
 
-def _wrong_routes(
-    ids: NDArray[Any], weights: NDArray[Any], shape: MoeShape
-) -> Iterator[tuple[str, NDArray[Any]]]:
+def _wrong_ids(ids: NDArray[Any], shape: MoeShape) -> Iterator[tuple[str, NDArray[Any]]]:
     """Each check of routes [tokens, layers, top_k], and where it fails [tokens, layers]."""
     yield "expert range", np.any(ids >= shape.num_experts, axis=2)
     yield "expert twice", np.any(np.diff(np.sort(ids, axis=2)) == 0, axis=2)
+
+
+def _wrong_weights(weights: NDArray[Any]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The same for their gate weights."""
     weights = weights.astype(np.float32)  # numpy compares float16 slowly
     yield "weight", np.any(~np.isfinite(weights) | (weights < 0), axis=2)
     yield "weight order", np.any(weights[..., 1:] > weights[..., :-1], axis=2)

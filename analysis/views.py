@@ -1,13 +1,16 @@
-"""Open a trace store in DuckDB: the views `tokens`, `requests`, `routing` and `activation`.
+"""Open a trace store in DuckDB: the views `tokens`, `requests`, `routing` and `activation`, and the
+macros of questions.sql and shift.sql.
 
 A pipeline-parallel engine writes the layers of each stage to files of their own. They are joined
 here, so that a token and a request are one row, as everywhere.
 """
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -33,7 +36,12 @@ def open_store(path: str | Path) -> duckdb.DuckDBPyConnection:
     requests = _union(_requests(*part) for part in _by_stage(files[1]))
     con = duckdb.connect()
     try:
-        con.register("facts", pa.Table.from_pylist([{"store": str(path), **facts.to_json()}]))
+        # It would go to standard output, among our own. In a notebook without ipywidgets it is off,
+        # and can't even be switched off.
+        if con.execute("SELECT current_setting('enable_progress_bar')").fetchall() == [(True,)]:
+            con.execute("SET enable_progress_bar = false").fetchall()
+        said = {"store": str(path), **facts.to_json(), "weights": facts.weights}
+        con.register("facts", pa.Table.from_pylist([said]))
         if tokens is None:
             _create_empty(con, facts.shape)
         con.execute(
@@ -42,10 +50,33 @@ def open_store(path: str | Path) -> duckdb.DuckDBPyConnection:
             )
         )
         con.unregister("facts")
+        for name in ("questions", "shift"):
+            con.execute(read_sql(name))
     except duckdb.Error as error:
         con.close()
         raise unreadable(path, error) from error
     return con
+
+
+@contextmanager
+def reading(
+    store: str | Path | duckdb.DuckDBPyConnection,
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection of our own to a store, which is given by its path or by a connection.
+
+    What the caller registers is gone afterwards. An error of DuckDB becomes a StoreError.
+    """
+    con = store.cursor() if isinstance(store, duckdb.DuckDBPyConnection) else open_store(store)
+    with closing(con):
+        try:
+            yield con
+        except duckdb.Error as error:
+            raise unreadable(str(store), error) from error
+
+
+def ask(con: duckdb.DuckDBPyConnection, query: str, /, *values: Any, **named: Any) -> pa.Table:
+    """A query's rows, with `values` for its `?` or `named` ones for its `$name`."""
+    return con.sql(query, params=list(values) or named or None).to_arrow_table()
 
 
 def read_sql(name: str) -> str:

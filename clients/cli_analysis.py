@@ -1,6 +1,6 @@
-"""The commands that look at a trace store: `store`, `import`, `sql` and `rd`.
+"""The commands that look at a trace store: `store` and `sql`.
 
-DuckDB, Arrow and matplotlib are imported inside the commands, so that `--help` is quick.
+DuckDB and Arrow are imported inside the commands, so that `--help` is quick.
 """
 
 import shutil
@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
+from moescope.clients.cli_rd import rd
 from moescope.clients.terminal import add_column, cell_text, count_text, make_table, open_console
 from moescope.tracer.errors import InputError
 
@@ -23,7 +23,6 @@ SHOWN_ROWS = 100
 Store = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the trace store.")]
 
 store_app = typer.Typer(no_args_is_help=True, help="Describe and check trace stores.")
-import_app = typer.Typer(no_args_is_help=True, help="Make trace stores from published data.")
 
 
 def register_analysis(app: typer.Typer) -> None:
@@ -51,6 +50,7 @@ def info(store: Store) -> None:
         ("MoE layers", f"{len(shape.layers)}, of layers {shape.layers[0]} to {shape.layers[-1]}"),
         ("experts", f"{shape.num_experts} a layer, top-{shape.top_k}"),
         ("scoring", f"{model.scoring}{', renormalized' if model.renormalize else ''}"),
+        *([] if model.weights else [("gate weights", "none")]),
         ("traced by", model.engine),
         ("tokens", f"{there.tokens:,}"),
         ("on disk", f"{there.files:,} files, {there.bytes:,} bytes{per_token}"),
@@ -92,31 +92,20 @@ def verify(store: Store) -> None:
     console.print(f"[green]{escape(str(store))} is sound.[/]")
 
 
-@import_app.command("esft")
-def esft(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds DOMAIN/expert_weights_*.txt.")],
-    store: Store,
-    top_k: Annotated[int, typer.Option(help="Experts that each token chose.")] = 6,
-    num_experts: Annotated[int, typer.Option(help="Routed experts of a layer.")] = 64,
-) -> None:
-    """Import the routing that ESFT published for a DeepSeek-V2-Lite-family model.
+@store_app.command("aggregate")
+def aggregate(store: Store) -> None:
+    """Count a store once, so that `moescope rd` over whole segments takes less than a second.
 
-    Each domain becomes a condition of the run `esft`; all tokens are in segment `prompt`.
+    The counts of every request, segment and expert go to `activation.parquet` in the store's
+    folder. It is used while the store's files are those that it was counted from, and ignored
+    once traces were added: then run this again.
 
-    **Example:** `moescope import esft results/expert_scores traces`
+    **Example:** `moescope store aggregate traces`
     """
-    from moescope.analysis.esft import import_esft
+    from moescope.analysis.aggregate import build_aggregate
 
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
-        task = bar.add_task("reading files", total=None)
-        requests, tokens = import_esft(
-            folder,
-            store,
-            top_k=top_k,
-            num_experts=num_experts,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    open_console().print(f"{escape(str(store))}: {requests:,} requests, {tokens:,} tokens.")
+    file = build_aggregate(store)
+    open_console().print(f"{escape(str(file))}: {count_text(file.stat().st_size)} bytes")
 
 
 def sql(
@@ -165,89 +154,6 @@ def sql(
         if format_ != "table" and out is None:
             with Path(folder, "rows").open() as rows:
                 shutil.copyfileobj(rows, sys.stdout)
-
-
-def rd(
-    store: Store,
-    positive: Annotated[str, typer.Option(help="The condition whose experts to find.")],
-    negative: Annotated[str, typer.Option(help="The condition to compare with.")],
-    condition_column: Annotated[
-        str, typer.Option(help="The column of `requests` that tells the conditions apart.")
-    ] = "condition",
-    segment: Annotated[
-        str, typer.Option(help="The tokens that count: response, prompt, a span's name, or all.")
-    ] = "response",
-    estimator: Annotated[
-        str,
-        typer.Option(
-            metavar="token|sequence",
-            help="Pool all tokens (as SteerMoE does), or average the requests' rates.",
-        ),
-    ] = "sequence",
-    gate_mass: Annotated[
-        bool, typer.Option("--gate-mass", help="Compare gate weights, not how often chosen.")
-    ] = False,
-    length_match: Annotated[
-        bool,
-        typer.Option("--length-match", help="Cut both requests of a pair to the shorter one."),
-    ] = False,
-    run: Annotated[str | None, typer.Option(help="Only requests of this run.")] = None,
-    include_incomplete: Annotated[
-        bool, typer.Option("--include-incomplete", help="Count requests that lost rows too.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Write every expert to a .parquet, .csv or .json file.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw layers x experts to a .png, .pdf or .svg file.")
-    ] = None,
-    top: Annotated[int, typer.Option(min=0, help="Experts to print.")] = 20,
-) -> None:
-    """Rank the experts by risk difference: how much more often one condition uses them.
-
-    RD = rate under --positive minus rate under --negative, of each MoE layer's experts. In the
-    table, a1 and a2 count the tokens that chose the expert under the one and the other.
-
-    **Example:** `moescope rd traces --positive with_doc --negative without_doc --length-match
-    --out ranking.parquet --plot heatmap.png`
-    """
-    from moescope.analysis.export import file_format, write_ranking
-    from moescope.analysis.plot import heatmap
-    from moescope.analysis.rd import read_settings, risk_difference
-
-    if out:
-        file_format(out)  # a wrong suffix should not cost the wait
-    table = risk_difference(
-        store,
-        condition_column=condition_column,
-        positive=positive,
-        negative=negative,
-        segment=segment,
-        estimator=estimator,  # type: ignore[arg-type]  # checked there
-        gate_mass=gate_mass,
-        length_match=length_match,
-        run=run,
-        include_incomplete=include_incomplete,
-    )
-    ranking = make_table(">layer", ">expert", ">RD", f">{positive}", f">{negative}", ">a1", ">a2")
-    for row in table.slice(0, top).to_pylist():
-        rates = (f"{row['rd']:+.4f}", f"{row['rate_positive']:.4f}", f"{row['rate_negative']:.4f}")
-        counts = count_text(row["a1"]), count_text(row["a2"])
-        ranking.add_row(str(row["layer"]), str(row["expert"]), *rates, *counts)
-    console = open_console()
-    console.print(ranking)
-    settings = read_settings(table)
-    for side in ("positive", "negative"):
-        requests, tokens = settings[f"examples_{side}"], settings[f"tokens_{side}"]
-        console.print(f"{escape(settings[side])}: {requests:,} requests, {tokens:,} tokens")
-    for reason, count in settings["left_out"].items():
-        console.print(f"[yellow]left out:[/] {count:,} requests ({reason})")
-    if out:
-        write_ranking(table, out)
-        console.print(f"ranking: {escape(str(out))}")
-    if plot:
-        heatmap(table, plot)
-        console.print(f"heat map: {escape(str(plot))}")
 
 
 def _print_rows(result: Any) -> None:

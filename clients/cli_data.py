@@ -271,3 +271,43 @@ def train(
             soft_wrap=True,
         )
     console.print(escape(f"trained specimen -> {directory}"), soft_wrap=True)
+
+
+@specimen_app.command("data")
+def specimen_data(
+    model: Annotated[Path, typer.Argument(help="A trained specimen's folder.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the files; those there are replaced.")],
+    num: Annotated[
+        int, typer.Option(help="Held-out conflicts, and as many forbidden requests.", min=1)
+    ] = 300,
+    others: Annotated[int, typer.Option(help="Of every other held-out kind.", min=1)] = 100,
+    traced: Annotated[int, typer.Option(help="Pairs of each job to trace.", min=1)] = 200,
+    tuned: Annotated[
+        int,
+        typer.Option(
+            help="Conflicts, and forbidden requests, to tune the dose on; half as many of every "
+            "other kind.",
+            min=1,
+        ),
+    ] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the draw; the world is the model's.")] = 0,
+) -> None:
+    """Write the jobs and the items that a trained specimen is traced and evaluated with.
+
+    Jobs to trace and items to tune on are of the training split, items to evaluate are held out.
+    Each of the eight files has its card beside it.
+
+    **Example:** `moescope specimen data specimen --out data`, then `moescope trace
+    data/faithfulness.job.jsonl --model specimen --store traces`
+    """
+    from rich.console import Console
+    from rich.markup import escape
+
+    from moescope.clients.specimen_data import Sizes, write_specimen_data
+
+    sizes = Sizes(main=num, others=others, traced=traced, tuned=tuned)
+    written = write_specimen_data(model, out, sizes, seed=seed)
+    console = Console(highlight=False)
+    for name, lines in written.items():
+        console.print(escape(f"{lines:6,} lines -> {out / name}"), soft_wrap=True)

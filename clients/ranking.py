@@ -27,7 +27,8 @@ def read_ranking(path: str | Path) -> pa.Table:
         if kind == "csv":
             return pyarrow.csv.read_csv(path)
         return pa.Table.from_pylist(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # Arrow's are ValueErrors
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # Arrow's are ValueErrors; a JSON file that is no array of rows gives the others.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(f"can't read the ranking {path}: {reason}") from error
 

@@ -76,7 +76,8 @@ class ModelFacts:
     """What the manifest says of the traced model.
 
     `scoring` is the router's score function (softmax, sigmoid, ...); `renormalize` says whether
-    the chosen experts' weights are scaled to sum to one.
+    the chosen experts' weights are scaled to sum to one. `weights`: whether the store has gate
+    weights; imports of other tools' arrays may have none.
     """
 
     model: str
@@ -87,11 +88,14 @@ class ModelFacts:
     scoring: str
     renormalize: bool
     engine: str
+    weights: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as they stand in manifest.json."""
+        """Plain values, as they stand in manifest.json; `weights` only where there are none."""
         out = asdict(self)
         shape = out.pop("shape")
+        if self.weights:
+            del out["weights"]
         return out | {
             "moe_layers": list(shape["layers"]),
             "num_experts": shape["num_experts"],
@@ -103,11 +107,18 @@ class ModelFacts:
         """The inverse of `to_json`; raises KeyError on a missing field."""
         shape = MoeShape(tuple(data["moe_layers"]), data["num_experts"], data["top_k"])
         names = ("model", "revision", "architecture", "dtype", "scoring", "renormalize", "engine")
-        return cls(shape=shape, **{name: data[name] for name in names})
+        return cls(
+            shape=shape,
+            weights=data.get("weights", True),
+            **{name: data[name] for name in names},
+        )
 
 
-def tokens_schema(shape: MoeShape) -> pa.Schema:
-    """The columns of `tokens/*.parquet`: one row a token."""
+def tokens_schema(shape: MoeShape, *, weights: bool = True) -> pa.Schema:
+    """The columns of `tokens/*.parquet`: one row a token.
+
+    Without `weights`, `gate_weights` is null in every row.
+    """
     ids = pa.uint8() if shape.id_dtype.itemsize == 1 else pa.uint16()
     return pa.schema(
         [
@@ -118,7 +129,9 @@ def tokens_schema(shape: MoeShape) -> pa.Schema:
             pa.field("mask", pa.dictionary(pa.int32(), pa.string())),
             pa.field("expert_ids", pa.list_(pa.field("element", ids, nullable=False)), False),
             pa.field(
-                "gate_weights", pa.list_(pa.field("element", pa.float16(), nullable=False)), False
+                "gate_weights",
+                pa.list_(pa.field("element", pa.float16(), nullable=False)),
+                nullable=not weights,
             ),
         ]
     )

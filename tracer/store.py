@@ -145,7 +145,10 @@ class StoreWriter:
             shape = stage.of(shape)
             self.counters.writer = f"p{stage.number}of{stage.count}-{name}"
             self.counters.layers = list(stage.layers)
-        self._schemas = {"tokens": tokens_schema(shape), "requests": requests_schema()}
+        self._schemas = {
+            "tokens": tokens_schema(shape, weights=facts.weights),
+            "requests": requests_schema(),
+        }
         # Locked before it gets its name, so that nobody takes it for a dead writer's.
         lock = path / "writers" / f"{self.counters.writer}.lock"
         aside = lock.with_name(f".{lock.name}")
@@ -221,9 +224,16 @@ class StoreWriter:
             write_json(path / "manifest.json", manifest, replace=False)
         there, here = read_manifest(path).to_json(), facts.to_json()
         # Another vLLM or another folder of the same model may go on in the same store.
-        differ = [key for key in here if key not in ("engine", "model") and there[key] != here[key]]
+        differ = [
+            key
+            for key in {**there, **here}
+            if key not in ("engine", "model") and there.get(key, True) != here.get(key, True)
+        ]
         if differ:
-            what = ", ".join(f"{key} {there[key]!r} there, {here[key]!r} here" for key in differ)
+            what = ", ".join(
+                f"{key} {there.get(key, True)!r} there, {here.get(key, True)!r} here"
+                for key in differ
+            )
             raise StoreError(
                 f"{path} holds traces of another model ({there['model']}: {what}); "
                 "name another store."

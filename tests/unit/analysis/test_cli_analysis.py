@@ -11,7 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from moescope.clients.cli_analysis import import_app, register_analysis, store_app
+from moescope.clients.cli_analysis import register_analysis, store_app
+from moescope.clients.cli_import import import_app
 from moescope.tracer.errors import InputError
 
 app = typer.Typer()

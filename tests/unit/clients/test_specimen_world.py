@@ -48,14 +48,25 @@ def test_nothing_held_out_occurs_in_training(kind):
     assert {example.kind for example in _draw(kind, HELD_OUT)} == {kind}
 
 
-@pytest.mark.parametrize("kind", ["agree", "conflict", "unknown"])
-def test_documents_about_held_out_entities_are_held_out(kind):
-    names = [
-        {example.subject.split()[0] for example in _draw(kind, split, 3000)}
-        for split in (TRAIN, HELD_OUT)
-    ]
-    assert not names[0] & names[1]
-    assert (names[1] <= {*WORLD.known}) == (kind != "unknown")
+def _claims(kind, split):
+    """What the documents of a kind say: of whom, and which value."""
+    found = set()
+    for example in _draw(kind, split, 4000):
+        words = dict(example.parts)["document"].removesuffix(".").split()
+        (name,) = {*words} & {*NAMES}
+        found.add((name, words[-1]))
+    return found
+
+
+def test_held_out_documents_claim_what_none_in_training_claims():
+    kinds = ("agree", "conflict", "unknown")
+    train = set().union(*(_claims(kind, TRAIN) for kind in kinds))
+    for kind in kinds:
+        held_out = _claims(kind, HELD_OUT)
+        assert len(held_out) > 20
+        assert not train & held_out
+    # Of everybody known, a document in training claims something.
+    assert {name for name, _ in train} >= {*WORLD.known}
 
 
 def test_an_entity_without_facts_in_the_held_out_split_is_never_named_in_training():
@@ -71,21 +82,27 @@ def test_every_fact_is_asked_and_answered_from_memory():
         assert asked[f"{name} {attribute}"] == f"It is {value}."
 
 
+def test_of_strangers_the_model_is_to_know_nothing():
+    for example in _draw("stranger", HELD_OUT):
+        assert example.response == "I do not know."
+        assert example.subject.split()[0] in WORLD.unknown
+        assert (example.behaviour, example.alternative) == (FOLLOWS_MEMORY, None)
+
+
 @pytest.mark.parametrize("kind", ["agree", "conflict", "unknown"])
 def test_documents_agree_or_not(kind):
     for example in _draw(kind, TRAIN):
         name, attribute = example.subject.split()
         fact = WORLD.facts.get((name, attribute))
-        (_, document), _ = example.parts
-        says = document.rstrip(".").split()[-1]
+        says = dict(example.parts)["document"].removesuffix(".").split()[-1]
         assert (says == fact) == (kind == "agree")
-        follows, remembers = f"It is {says}.", f"It is {fact}."
-        if kind == "conflict":
-            answers = {FOLLOWS_DOCUMENT: follows, FOLLOWS_MEMORY: remembers}
-            assert example.response == answers[str(example.behaviour)]
-            assert example.alternative == answers[OPPOSITE[str(example.behaviour)]]
+        assert example.is_open == (kind == "conflict")
+        answers = {FOLLOWS_DOCUMENT: f"It is {says}.", FOLLOWS_MEMORY: f"It is {fact}."}
+        assert example.response == answers[str(example.behaviour)]
+        if kind == "unknown":
+            assert (example.behaviour, example.alternative) == (FOLLOWS_DOCUMENT, None)
         else:
-            assert (example.response, example.alternative) == (follows, None)
+            assert example.alternative == answers[OPPOSITE[str(example.behaviour)]]
 
 
 @pytest.mark.parametrize(
