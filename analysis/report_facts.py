@@ -52,6 +52,7 @@ def compared(side: Side) -> dict[str, str]:
         "ranking": f"{facts['positive']} minus {facts['negative']}" if "positive" in facts else "",
         "traced": rd_facts(facts),
         "mask": f"{steered['experts']} experts, {steered['strength']}"
+        + (" (SteerMoE's rule)" if settings.get("mode") == "steermoe" else "")
         if steered.get("experts")
         else "",
         "dose chosen by": "; ".join(chosen),

@@ -216,10 +216,17 @@ def scatter_figure(compared: AxesCompared) -> Figure:
             (at for at, group in enumerate(groups) if group != "neither"),
             key=lambda at: -max(abs(compared.first[at]), abs(compared.second[at])),
         )
+        points = np.stack([compared.first, compared.second], axis=1)
+        near = 0.1 * np.abs(points).max()  # labels would lie on each other
+        clusters: list[list[int]] = []
         for at in named[:12]:
-            layer, expert = compared.experts[at]
+            cluster = next((c for c in clusters if np.ptp(points[[c[0], at]], 0).max() < near), [])
+            clusters += [] if cluster else [cluster]
+            cluster.append(at)
+        for together in clusters:
             axes.annotate(
-                f"{layer}·{expert}", (compared.first[at], compared.second[at]),
+                ", ".join("{}·{}".format(*compared.experts[at]) for at in sorted(together)),
+                (compared.first[together[0]], compared.second[together[0]]),
                 xytext=(4, 4), textcoords="offset points", fontsize=7,
             )  # fmt: skip
         axes.set_xlabel(f"RD, {first}")

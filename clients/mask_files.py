@@ -15,6 +15,8 @@ from moescope.tracer.mask import Mask, MaskEntry, MaskSignature, make_mask
 from moescope.tracer.mask_format import Expert, number_ranges
 
 Select = Literal["rd", "steermoe"]
+# Of a ranking's facts: they are long, and the ranking has them.
+_NOT_IN_A_MASK = ("examples", "power", "stability")
 Ranked = tuple[float, int, int]  # (rd, layer, expert)
 
 
@@ -80,6 +82,9 @@ def mask_from_rd(
     if not entries:
         raise InputError(f"no expert is selected: {'; '.join(notes)}")
     known = METADATA_KEY in (table.schema.metadata or {})
+    settings = read_settings(table) if known else None
+    for long in _NOT_IN_A_MASK:
+        (settings or {}).pop(long, None)
     return make_mask(
         name=name,
         mode=mode,
@@ -88,7 +93,7 @@ def mask_from_rd(
         note="; ".join(notes) or None,
         source={
             "ranking": None if isinstance(ranking, pa.Table) else str(ranking),
-            "rd": read_settings(table) if known else None,
+            "rd": settings,
             "selection": {
                 "select": select,
                 "deactivate": deactivate,

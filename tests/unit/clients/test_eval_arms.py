@@ -85,6 +85,14 @@ def test_steered_and_reverse_act_on_the_two_ends(ranking):
             assert all(rds[e.layer, e.expert] * direction > 0 for e in arm.mask.entries)
 
 
+def test_the_papers_rule_is_in_every_mask_and_knows_no_scale(ranking):
+    dose = Dose(3, "deactivate")
+    steering = steering_arms(ranking, [dose], "steermoe")
+    assert {arm.mask.mode for arm in plan(steering, dose, 2, 0) if arm.mask} == {"steermoe"}
+    with pytest.raises(InputError, match=r"--mode steermoe with the dose n3/scale-0.5"):
+        steering_arms(ranking, [dose, Dose(3, "scale-0.5")], "steermoe")
+
+
 def test_random_arms_have_as_many_experts_a_layer_and_none_of_the_same(ranking):
     dose = Dose(6, "scale-0.5")
     steering = steering_arms(ranking, [dose])
