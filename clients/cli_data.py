@@ -133,6 +133,13 @@ def safety(
         int, typer.Option(help="Attempts for a prompt until a refusal passes the checks.")
     ] = 4,
     temperature: Annotated[float, typer.Option(help="Temperature of the attempts.")] = 0.8,
+    instruction: Annotated[
+        str | None,
+        typer.Option(
+            help='What asks the model to refuse, instead of our own words; "" leaves the prompt '
+            "alone, for a model that refuses by itself. {words} becomes a number of words."
+        ),
+    ] = None,
     min_overlap: Annotated[
         float, typer.Option(help="Least share of the prompt's content words in a refusal.")
     ] = 0.2,
@@ -163,7 +170,7 @@ def safety(
     from rich.markup import escape
 
     from moescope.clients.refusal import Bounds
-    from moescope.clients.refusal_model import where_refusals_come_from
+    from moescope.clients.refusal_model import INSTRUCTION, where_refusals_come_from
     from moescope.clients.safety import length_bounds, make_safety
 
     low, high = length_bounds(length_ratio)
@@ -173,6 +180,7 @@ def safety(
         engine_options=tuple(engine_options or ()),
         temperature=temperature,
         seed=seed,
+        instruction=INSTRUCTION if instruction is None else instruction,
     )
     statistics = make_safety(
         source,

@@ -68,10 +68,18 @@ class RefusingModel:
     given = False
 
     def __init__(
-        self, model: str, engine_options: tuple[str, ...], *, temperature: float, seed: int
+        self,
+        model: str,
+        engine_options: tuple[str, ...],
+        *,
+        temperature: float,
+        seed: int,
+        instruction: str = INSTRUCTION,
     ) -> None:
+        """`instruction` asks for a refusal ("{words}": how long); "" leaves the prompt alone."""
         if not 0 <= temperature <= 2:
             raise InputError(f"--temperature must be from 0 to 2, not {temperature:g}.")
+        self._instruction = instruction
         self._model = model
         self._engine_options = engine_options
         self._temperature = temperature
@@ -88,7 +96,7 @@ class RefusingModel:
             "model": self._model,
             "engine_options": list(self._engine_options),
             "temperature": self._temperature,
-            "instruction": INSTRUCTION,
+            "instruction": self._instruction,
         }
 
     def count_tokens(self, text: str) -> int:
@@ -106,7 +114,7 @@ class RefusingModel:
         prompts, sampling = [], []
         for pair in pairs:
             words = min(max(len(pair.harmful.split()), _LEAST_WORDS), _MOST_WORDS)
-            token_ids = self._render(pair, INSTRUCTION.format(words=words))
+            token_ids = self._render(pair, self._instruction.replace("{words}", str(words)))
             most = _TOKENS_PER_WORD * words
             if len(token_ids) + most > limit:
                 raise InputError(
@@ -130,7 +138,7 @@ class RefusingModel:
         system = {"role": "system", "content": instruction}
         asked = {"role": "user", "content": pair.prompt}
         both = {"role": "user", "content": f"{instruction}\n\n{pair.prompt}"}
-        for chat in ([system, asked], [both]):
+        for chat in ([system, asked], [both]) if instruction else ([asked],):
             try:
                 text = self._tokenizer.apply_chat_template(
                     chat, add_generation_prompt=True, tokenize=False
@@ -151,6 +159,7 @@ def where_refusals_come_from(
     engine_options: tuple[str, ...] = (),
     temperature: float = 0.8,
     seed: int = 0,
+    instruction: str = INSTRUCTION,
 ) -> Refusals:
     """The source's own refusals, or a model that writes them; with both, its tokenizer counts."""
     if given and model is None:
@@ -162,7 +171,9 @@ def where_refusals_come_from(
         )
     if given:
         return GivenRefusals(token_counter(model), model)
-    return RefusingModel(model, engine_options, temperature=temperature, seed=seed)
+    return RefusingModel(
+        model, engine_options, temperature=temperature, seed=seed, instruction=instruction
+    )
 
 
 def token_counter(model: str) -> Callable[[str], int]:

@@ -43,7 +43,8 @@ def make_ranking(seed, layers=(1, 2, 5), experts=8, top_k=2, tokens=(40, 60)):
             )
     rows.sort(key=lambda row: (-abs(row["rd"]), row["layer"], row["expert"]))
     table = pa.Table.from_pylist(rows)
-    return table.replace_schema_metadata({METADATA_KEY: json.dumps({"positive": "with_doc", "examples": ["q1", "q2"]})})
+    facts = {"positive": "with_doc", "examples": ["q1", "q2"]}
+    return table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)})
 
 
 def table_of(rds, top_k=2):
