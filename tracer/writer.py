@@ -30,11 +30,11 @@ from moescope.tracer.ring import (
     DROPPED_REQUESTS,
     DROPPED_ROWS,
     FINISHED,
-    HEAD,
     RUNNING,
     STATE,
     SYNC_ASKED,
     SYNC_DONE,
+    TAIL,
     Ring,
     Rows,
 )
@@ -104,7 +104,8 @@ class Writer:
         self.ring, self.store, self.settings = ring, store, settings
         self.assembler = Assembler(shape, memory_bytes=settings.writer_mib << 20, spill=store.path)
         self._drafts = Drafts()
-        self._taken = ring.word(HEAD)  # rows taken out of the ring so far
+        # Rows taken out of the ring so far. Not HEAD: the engine may have written some by now.
+        self._taken = ring.word(TAIL)
         self._pending: deque[dict[str, Any]] = deque()  # messages behind rows still in the ring
         self._committed_at = time.monotonic()
 

@@ -16,11 +16,11 @@ from moescope.analysis.verify import store_notes
 from moescope.tracer.assemble import Traced
 from moescope.tracer.errors import StoreError, TracerError
 from moescope.tracer.format import Stage
-from moescope.tracer.ring import TAIL
+from moescope.tracer.ring import TAIL, Ring
 from moescope.tracer.settings import Settings
 from moescope.tracer.sink import RingSink
-from moescope.tracer.store import committed_files, read_writers
-from moescope.tracer.writer import Drafts
+from moescope.tracer.store import StoreWriter, committed_files, read_writers
+from moescope.tracer.writer import Drafts, Writer
 
 
 def begin(sink, number, prompt_tokens=4):
@@ -191,6 +191,22 @@ def test_an_engine_killed_by_sigkill_leaves_its_finished_requests(
     [counters] = read_writers(tmp_path)
     assert (counters.dropped_rows, counters.unfinished_requests) == (2, 1)
     assert any("1 requests were running" in note for note in store_notes(tmp_path))
+
+
+def test_rows_that_come_before_the_writer_has_looked_count_once(tmp_path, facts, make_rows):
+    """The engine may write as soon as it is told that the writer runs."""
+    ring, rows = Ring.create(facts.shape, 64), make_rows(1, range(5))
+    traced = {"request_id": "r1", "run": "test", "prompt_tokens": 4}
+    ring.send({"op": "begin", "request": 1} | traced)
+    for source, target in ring.reserve(5):
+        for mine, theirs in zip(ring.columns[target].columns(), rows.columns(), strict=True):
+            mine[:] = theirs[source]
+    ring.publish(5)
+    with StoreWriter(tmp_path, facts) as store:
+        writer = Writer(ring, store, facts.shape, Settings())
+        ring.send({"op": "finish", "request": 1, "lost_rows": 0, "rows_before": 10})
+        writer.drain()
+        assert writer.assembler.num_open == 1  # five of its rows are still to come
 
 
 def test_finished_requests_reach_the_disk_without_being_asked(tmp_path, facts, make_rows):
