@@ -74,9 +74,8 @@ class EngineRunner:
         self, model: str, options: tuple[str, ...], *, num_masks: int, top: int | None = None
     ) -> None:
         """`num_masks`: how many masks there will be at most; `top` None: as fits the vocabulary."""
-        # Read when the engine starts. The user's own choice comes first.
-        os.environ.setdefault("MOESCOPE_SLOTS", str(min(max(num_masks, 1), 1024)))
-        os.environ.setdefault("MOESCOPE_STEER", "on")
+        slots = str(min(max(num_masks, 1), 1024))
+        self._environment = {"MOESCOPE_SLOTS": slots, "MOESCOPE_STEER": "on"}
         self._model, self._options = model, options
         self._arguments = engine_arguments(model, options)
         self._config = _text_config(self._arguments)
@@ -132,7 +131,14 @@ class EngineRunner:
         return [str(self._model), list(self._options), stats, self._top]
 
     def __enter__(self) -> Self:
-        self._llm = load_engine(self._arguments)
+        # Read when the engine starts, and nobody else's business. The user's own choice comes first.
+        mine = {name: v for name, v in self._environment.items() if name not in os.environ}
+        os.environ.update(mine)
+        try:
+            self._llm = load_engine(self._arguments)
+        finally:
+            for name in mine:
+                del os.environ[name]
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -58,19 +58,14 @@ class Routing:
         self.off, self.logits, self.chosen = off, [], []
 
     def route(self, gate: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What transformers' router computes, but for the experts that are off.
-
-        As a mask's `deactivate` does (docs/masks.md): the others keep their weights.
-        """
+        """What transformers' router computes, but for the experts that are off."""
         logits = linear(hidden.view(-1, gate.hidden_dim).float(), gate.weight.float())
-        scores = logits.softmax(-1)
-        allowed = scores
+        allowed = logits
         if self.off is not None:
             off = self.off[:, len(self.logits)]
             off = off.repeat_interleave(len(logits) // len(off), dim=0)
-            allowed = scores.masked_fill(off, -1)
-        ids = allowed.topk(gate.top_k, dim=-1, sorted=False).indices
-        weights = scores.gather(-1, ids)
+            allowed = logits.masked_fill(off, -torch.inf)
+        weights, ids = allowed.softmax(-1).topk(gate.top_k, dim=-1, sorted=False)
         self.logits.append(logits)
         self.chosen.append(ids)
         return logits, weights * gate.routed_scaling_factor, ids
