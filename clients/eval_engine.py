@@ -131,7 +131,7 @@ class EngineRunner:
         return [str(self._model), list(self._options), stats, self._top]
 
     def __enter__(self) -> Self:
-        # Read when the engine starts, and nobody else's business. The user's own choice comes first.
+        # Read when the engine starts, and by nobody else. The user's own choice comes first.
         mine = {name: v for name, v in self._environment.items() if name not in os.environ}
         os.environ.update(mine)
         try:
