@@ -124,7 +124,7 @@ class Recorder:
 
         Waits for the device, and so only while no traced request runs.
         """
-        if isinstance(self.sink, RingSink) and not self._live:
+        if self.sink is not None and not self._live:
             self.sink.poll(wait=True)
 
     def mask_changes(self, key: str | None) -> None:
@@ -152,6 +152,8 @@ class Recorder:
         """
         if self.sink is None:
             return
+        # Also for steps without a traced request: the last one's rows may have been on their way.
+        self.sink.poll()
         if self.silent_layers != []:
             self._prove()
         live = self._live

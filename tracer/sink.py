@@ -44,6 +44,9 @@ class Sink(Protocol):
     def send(self, message: dict[str, Any]) -> bool:
         """Pass a `begin`, `finish` or `mask` message on; False when there was no room."""
 
+    def poll(self, *, wait: bool = False) -> None:
+        """Let go of the rows whose copy has arrived; with `wait`, of all."""
+
     def sync(self) -> None:
         """Return when everything finished so far is on disk."""
 
@@ -71,6 +74,9 @@ class NullSink:
     def send(self, message: dict[str, Any]) -> bool:  # noqa: ARG002
         """Do nothing."""
         return True
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Do nothing."""
 
     def sync(self) -> None:
         """Do nothing."""

@@ -164,7 +164,8 @@ class Steering:
     def finish(self, request_ids: Iterable[str]) -> None:
         """These requests run no more."""
         for request_id in request_ids:
-            self._slots.pop(request_id, None)
+            if self._slots.pop(request_id, None) is not None:
+                self._batch = None  # the next request of this name may want another mask, or none
 
     def assign(self, request_ids: Sequence[str], counts: NDArray[Any]) -> None:
         """Say of a step, before it runs, which mask each of its tokens has."""

@@ -17,13 +17,42 @@ class Late:
     """The end of a copy that nobody has waited for yet."""
 
     def __init__(self):
-        self.waited = False
+        self.arrived = self.waited = False
 
     def query(self):
-        return self.waited
+        return self.arrived
 
     def synchronize(self):
-        self.waited = True
+        self.arrived = self.waited = True
+
+
+def publish_late(sink, rows):
+    """Put rows into the ring whose copy is under way; returns its end."""
+    [(_, target)] = sink.reserve(len(rows))
+    for mine, column in zip(sink.ring.columns[target].columns(), rows.columns(), strict=True):
+        mine[:] = column
+    copy = Late()
+    sink.publish(len(rows), copy)
+    return copy
+
+
+def test_steps_of_others_let_the_last_rows_go(tmp_path, facts, make_rows):
+    """A server that is never idle, and traces one request."""
+    recorder = Recorder(facts, 64, torch.device("cpu"))
+    sink = RingSink(tmp_path, facts, Settings(flush_seconds=0.1))
+    recorder.attach(sink)
+    recorder.silent_layers = []
+    recorder.begin("a", TraceRequest(), 4, stop_ids=[])
+    copy = publish_late(sink, make_rows(1, range(5)))
+    recorder.finish({"a"})
+    copy.arrived = True
+    recorder.end_step(["b"], np.ones(1, np.int32), torch.zeros(1), torch.zeros(1))
+    deadline = time.monotonic() + 20
+    while not committed_files(tmp_path)[0] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(committed_files(tmp_path)[0]) == 1
+    assert not copy.waited
+    recorder.detach()
 
 
 @pytest.mark.parametrize("another_runs", [False, True])
@@ -36,13 +65,7 @@ def test_at_rest_the_last_rows_are_let_go(tmp_path, facts, make_rows, another_ru
     recorder.begin("a", TraceRequest(), 4, stop_ids=[])
     if another_runs:
         recorder.begin("b", TraceRequest(), 4, stop_ids=[])
-    rows, copy = make_rows(1, range(5)), Late()
-    for mines, theirs in zip(sink.reserve(5), [rows], strict=True):
-        for mine, column in zip(
-            sink.ring.columns[mines[1]].columns(), theirs.columns(), strict=True
-        ):
-            mine[:] = column
-    sink.publish(5, copy)
+    copy = publish_late(sink, make_rows(1, range(5)))
     recorder.finish({"a"})
     recorder.rest()
     assert copy.waited == (not another_runs)  # while others run, the host must not wait

@@ -15,6 +15,7 @@ from moescope.tracer.mask import (
     compose,
     make_mask,
 )
+from moescope.tracer.mask_format import NO_MASK
 from moescope.tracer.steering import NO_MASK_SLOT, Steering
 
 SHAPE = MoeShape((1, 2, 5), num_experts=8, top_k=2)
@@ -168,3 +169,18 @@ def test_every_slot_always_holds_its_mask_with_the_global_one(steps):
             expected = own[at] if base is None else compose(base, own[at])
             assert (steering.tables.action[at].numpy() == expected.action).all()
             assert (steering.tables.touched[at].numpy() == expected.touched).all()
+
+
+def test_a_request_of_the_same_name_is_not_steered_by_the_one_before(steering):
+    """Its batch looks as the one before: the same name, as many tokens."""
+    assert steering.load(1, "m@1", mask("m", 3))
+    one = np.ones(1, np.int32)
+    steering.begin("a", 1, "m@1")
+    steering.assign(["a"], one)
+    assert steering.tables.token_slots[0] == 1
+    steering.finish(["a"])
+    steering.assign(["a"], one)  # another request, which names no mask
+    assert steering.tables.token_slots[0] == 0
+    steering.begin("a", NO_MASK_SLOT, NO_MASK)
+    steering.assign(["a"], one)
+    assert steering.tables.token_slots[0] == steering.num_slots + 1
