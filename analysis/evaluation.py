@@ -25,10 +25,8 @@ from moescope.tracer.errors import InputError
 
 FORMAT = "moescope-eval/1"
 BASE = "base"
-SPLITS = ("tune", "eval")
 # The whole of an axis in the column `kind` of the effects.
 ALL_KINDS = ""
-VERDICTS = ("up", "down", "no effect")
 
 _WHAT = [(name, pa.string()) for name in ("arm", "axis", "task", "kind", "example_id")]
 

@@ -8,6 +8,7 @@ definitions and what they assume.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,17 @@ def draws_at_once(strata: Sequence[Stratum], draws: int) -> Iterator[int]:
         yield min(step, draws - start)
 
 
+def both_sides(s: Stratum, draw: Callable[[int], Array]) -> tuple[Array, Array]:
+    """Weights of the positive condition's examples and of the negative's; the same for pairs.
+
+    `draw` gives those of so many examples, [draws, examples].
+    """
+    pairs = draw(s.pairs)
+    alone = [draw(len(size) - s.pairs) for size in (s.positive_size, s.negative_size)]
+    first, second = (np.hstack([pairs, more]) if more.size else pairs for more in alone)
+    return first, second
+
+
 def bootstrap_differences(
     strata: Sequence[Stratum], resamples: int, rng: np.random.Generator
 ) -> Array:
@@ -117,15 +129,7 @@ def bootstrap_differences(
     """
     parts = []
     for draws in draws_at_once(strata, resamples):
-        weights = []
-        for s in strata:
-            pairs = _multinomial(rng, draws, s.pairs)
-            alone = (
-                _multinomial(rng, draws, len(size) - s.pairs)
-                for size in (s.positive_size, s.negative_size)
-            )
-            first, second = (np.hstack([pairs, more]) if more.size else pairs for more in alone)
-            weights.append((first, second))
+        weights = [both_sides(s, partial(_multinomial, rng, draws)) for s in strata]
         parts.append(weighted_differences(strata, weights))
     return np.concatenate(parts)
 

@@ -13,8 +13,7 @@ the definitions. The way of the data:
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,10 +30,9 @@ from moescope.analysis.rd_requests import (
     is_whole_segment,
     number_units,
     parse_positions,
-    query,
     token_lengths,
 )
-from moescope.analysis.views import open_store, unreadable
+from moescope.analysis.views import ask, reading, unreadable
 from moescope.tracer.errors import InputError
 from moescope.tracer.format import MoeShape
 
@@ -114,8 +112,12 @@ def risk_difference(
         "seed": seed,
     }
     _check(settings, stability)
-    with _cursor(store) as con:
-        model = query(con, "SELECT * FROM model").to_pylist()[0]
+    by_path = not isinstance(store, duckdb.DuckDBPyConnection)
+    with reading(store) as con:
+        if by_path:
+            # Sums are exact in any order; keeping the rows' own would only cost time.
+            con.execute("SET preserve_insertion_order = false").fetchall()
+        model = ask(con, "SELECT * FROM model").to_pylist()[0]
         shape = MoeShape(tuple(model["moe_layers"]), model["num_experts"], model["top_k"])
         path = model["store"]
         if gate_mass and not model["weights"]:
@@ -124,7 +126,7 @@ def risk_difference(
             )
         aggregate = None
         # A connection covers the files of its time; the aggregate, those of now.
-        if is_whole_segment(settings) and not isinstance(store, duckdb.DuckDBPyConnection):
+        if is_whole_segment(settings) and by_path:
             aggregate = read_aggregate(path)
         try:
             lengths = aggregate.lengths(segment) if aggregate else token_lengths(con, settings)
@@ -199,18 +201,3 @@ def _check(settings: dict[str, Any], stability: int) -> None:
         )
     if stability and not settings["resamples"]:
         raise InputError("stability is found by resampling: give resamples.")
-
-
-@contextmanager
-def _cursor(
-    store: str | Path | duckdb.DuckDBPyConnection,
-) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection of our own to the store, so that what we register is gone afterwards."""
-    if isinstance(store, duckdb.DuckDBPyConnection):
-        with closing(store.cursor()) as con:
-            yield con
-    else:
-        with closing(open_store(store)) as con:
-            # Sums are exact in any order; keeping the rows' own would only cost time.
-            con.execute("SET preserve_insertion_order = false").fetchall()
-            yield con

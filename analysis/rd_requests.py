@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from moescope.analysis.views import read_sql
+from moescope.analysis.views import ask, read_sql
 from moescope.tracer.errors import InputError
 
 ALL_SEGMENTS = "all"
@@ -53,7 +53,7 @@ def token_lengths(con: duckdb.DuckDBPyConnection, settings: dict[str, Any]) -> p
         "slice_start": start,
         "slice_stop": stop,
     }
-    return query(con, read_sql("rd_lengths"), parameters)
+    return ask(con, read_sql("rd_lengths"), **parameters)
 
 
 def token_batches(
@@ -85,7 +85,7 @@ def choose_requests(
     con.register("rd_strata", _strata(con, settings["strata"]))
     sql = read_sql("rd_requests").replace("{condition}", f'"{column}"')
     bound = {name: value for name, value in settings.items() if f"${name}" in sql}
-    requests = query(con, sql, bound)
+    requests = ask(con, sql, **bound)
     for value, positive in ((settings["positive"], True), (settings["negative"], False)):
         side = requests.filter(pc.equal(requests["positive"], positive))
         if side.num_rows == 0:
@@ -111,13 +111,6 @@ def number_units(requests: pa.Table) -> pa.Table:
     return used.append_column("unit", pa.array(np.arange(used.num_rows)))
 
 
-def query(
-    con: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, Any] | None = None
-) -> pa.Table:
-    """A query's rows."""
-    return con.sql(sql, params=parameters).to_arrow_table()
-
-
 def _columns(con: duckdb.DuckDBPyConnection) -> list[str]:
     return [row[0] for row in con.execute("DESCRIBE requests").fetchall()]
 
@@ -125,7 +118,7 @@ def _columns(con: duckdb.DuckDBPyConnection) -> list[str]:
 def _strata(con: duckdb.DuckDBPyConnection, strata: str | None) -> pa.Table:
     """(request_id, stratum): of a column of the requests, or of FILE:COLUMN by example_id."""
     if strata is None:
-        return query(con, "SELECT request_id, '' AS stratum FROM requests")
+        return ask(con, "SELECT request_id, '' AS stratum FROM requests")
     file, separator, column = strata.rpartition(":")
     if not separator:
         if strata not in (columns := _columns(con)):
@@ -133,12 +126,12 @@ def _strata(con: duckdb.DuckDBPyConnection, strata: str | None) -> pa.Table:
                 f"unknown strata column {strata!r}; the requests have: {', '.join(columns)}. For a "
                 "column of a file with example ids, give FILE:COLUMN."
             )
-        return query(con, f'SELECT request_id, "{strata}"::VARCHAR AS stratum FROM requests')
+        return ask(con, f'SELECT request_id, "{strata}"::VARCHAR AS stratum FROM requests')
     if not Path(file).is_file():
         raise InputError(f"there is no file {file} to take the strata from.")
     source, quoted = file.replace("'", "''"), column.replace('"', '""')
     try:
-        topics = query(
+        topics = ask(
             con,
             f'SELECT DISTINCT example_id::VARCHAR AS example_id, "{quoted}"::VARCHAR AS stratum '
             f"FROM '{source}'",
@@ -152,7 +145,7 @@ def _strata(con: duckdb.DuckDBPyConnection, strata: str | None) -> pa.Table:
         raise InputError(f"some example of {file} has several values of {column}: give one each.")
     con.register("rd_topics", topics)
     sql = "SELECT request_id, stratum FROM requests LEFT JOIN rd_topics USING (example_id)"
-    return query(con, sql)
+    return ask(con, sql)
 
 
 def _leave_out_one_sided(requests: pa.Table, strata: str | None) -> pa.Table:

@@ -1,6 +1,7 @@
 """How far a ranking of experts would hold with other examples: split halves and resamples."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy import stats
 from moescope.analysis.inference import (
     Array,
     Stratum,
+    both_sides,
     draws_at_once,
     weighted_differences,
 )
@@ -26,15 +28,8 @@ def half_differences(
     """
     parts: tuple[list[Array], list[Array]] = ([], [])
     for draws in draws_at_once(strata, splits):
-        halves = []
-        for s in strata:
-            pairs = _halves(rng, draws, s.pairs)
-            alone = (
-                _halves(rng, draws, len(size) - s.pairs)
-                for size in (s.positive_size, s.negative_size)
-            )
-            halves.append(tuple(np.hstack([pairs, more]) for more in alone))
-        parts[0].append(weighted_differences(strata, halves))  # type: ignore[arg-type]
+        halves = [both_sides(s, partial(_halves, rng, draws)) for s in strata]
+        parts[0].append(weighted_differences(strata, halves))
         others = [(1 - first, 1 - second) for first, second in halves]
         parts[1].append(weighted_differences(strata, others))
     return np.concatenate(parts[0]), np.concatenate(parts[1])

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moescope.analysis import open_store
 from moescope.clients.job import JobLine, read_job
 from moescope.clients.spans import EncodedRequest, encode
+from moescope.clients.terminal import rate_progress
 from moescope.tracer.errors import InputError
 from moescope.tracer.format import DEFAULT_RUN
 from moescope.tracer.request import TraceRequest
@@ -200,7 +200,7 @@ def _trace(
     limit = _QUEUED * engine.vllm_config.scheduler_config.max_num_seqs
     waiting: Iterator[tuple[JobLine, EncodedRequest]] = iter(work)
     queued = len(work)
-    with _progress(console) as progress, trace(llm, store=store, run=run, policy=policy):
+    with rate_progress(console) as progress, trace(llm, store=store, run=run, policy=policy):
         bar = progress.add_task("tracing", total=len(work), rate="")
         started, tokens = time.monotonic(), 0
         while queued or engine.has_unfinished_requests():
@@ -225,17 +225,6 @@ def _trace(
                     rate = tokens / (time.monotonic() - started)
                     progress.update(bar, advance=1, rate=f"{rate:,.0f} tokens/s")
         return int(settle(llm)["dropped_rows"])
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=console or Console(quiet=True),
-    )
 
 
 def _count(store: Path, run: str, examples: set[str]) -> tuple[int, int]:

@@ -103,8 +103,31 @@ ApiKey = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace an evaluation that is there.")]
 
 
-@eval_app.command("faithfulness")
-def faithfulness(
+_FAITHFULNESS = """Does steering make answers follow their document, and at what cost?
+
+Every item is asked without a mask, steered towards the ranking's positive condition, steered
+away from it, and under masks of random experts; then at every other dose. The main dose is
+chosen on the tuning items alone. Deltas are paired, with 95 % intervals.
+
+**Example:** `moescope eval faithfulness faithfulness.eval.jsonl --ranking faithfulness.parquet
+--model specimen --tune faithfulness.tune.jsonl --tune utility.tune.jsonl
+--utility utility.eval.jsonl --out evals/faithfulness -- --max-model-len 128`
+"""
+_SAFETY = """Does steering change what is refused, forbidden or not, and at what cost?
+
+As `moescope eval faithfulness`, with requests as items. Refusals are judged by rules, or by a
+model behind --judge.
+
+**Example:** `moescope eval safety safety.eval.jsonl --ranking safety.parquet
+--url http://127.0.0.1:8000 --headline n1/deactivate --utility utility.eval.jsonl
+--out evals/safety`
+"""
+
+
+@eval_app.command("safety", help=_SAFETY)
+@eval_app.command("faithfulness", help=_FAITHFULNESS)
+def axis(
+    context: typer.Context,
     items: Items,
     engine_options: EngineOptions = None,
     *,
@@ -131,57 +154,9 @@ def faithfulness(
     api_key: ApiKey = None,
     force: Force = False,
 ) -> None:
-    """Does steering make answers follow their document, and at what cost?
-
-    Every item is asked without a mask, steered towards the ranking's positive condition, steered
-    away from it, and under masks of random experts; then at every other dose. The main dose is
-    chosen on the tuning items alone. Deltas are paired, with 95 % intervals.
-
-    **Example:** `moescope eval faithfulness faithfulness.eval.jsonl --ranking faithfulness.parquet
-    --model specimen --tune faithfulness.tune.jsonl --tune utility.tune.jsonl
-    --utility utility.eval.jsonl --out evals/faithfulness -- --max-model-len 128`
-    """
-    _run("faithfulness", **locals())
-
-
-@eval_app.command("safety")
-def safety(
-    items: Items,
-    engine_options: EngineOptions = None,
-    *,
-    ranking: Ranking,
-    out: Out,
-    model: Model = None,
-    url: Url = None,
-    tune: Tune = None,
-    utility: Utility = None,
-    trained_on: TrainedOn = None,
-    experts: Experts = "1,2,4,8",
-    strengths: Strengths = "deactivate",
-    headline: Headline = None,
-    mode: MaskMode = "hard",
-    random: Random = 5,
-    random_dose: RandomDose = 3,
-    dose_items: DoseItems = None,
-    max_tokens: MaxTokens = 64,
-    kl_top: KlTop = None,
-    judge: JudgeUrl = None,
-    judge_model: JudgeModel = None,
-    tokenizer: Tokenizer = None,
-    admin_key: AdminKey = None,
-    api_key: ApiKey = None,
-    force: Force = False,
-) -> None:
-    """Does steering change what is refused, forbidden or not, and at what cost?
-
-    As `moescope eval faithfulness`, with requests as items. Refusals are judged by rules, or by a
-    model behind --judge.
-
-    **Example:** `moescope eval safety safety.eval.jsonl --ranking safety.parquet
-    --url http://127.0.0.1:8000 --headline n1/deactivate --utility utility.eval.jsonl
-    --out evals/safety`
-    """
-    _run("safety", **locals())
+    """Evaluate one of the two axes, the one that the command is named after."""
+    options = locals()
+    _run(options.pop("context").command.name, **options)
 
 
 @eval_app.command("utility")

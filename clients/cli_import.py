@@ -139,7 +139,8 @@ def import_mask(
 
     **Example:** `moescope import mask experts.csv --name mine --out mine.json`
     """
-    from moescope.clients.mask_tables import mask_from_table, read_table
+    from moescope.clients.mask_tables import mask_from_table
+    from moescope.clients.ranking import read_table
     from moescope.tracer.mask import write_mask
 
     mask = mask_from_table(read_table(table), name=name, source=str(table))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from moescope.analysis.export import written_aside
 from moescope.clients.data_card import write_whole
@@ -30,6 +30,7 @@ from moescope.clients.eval_arms import BASE_ARM, Arm
 from moescope.clients.eval_asks import Ask, Measured, Reply, asks_of, measure
 from moescope.clients.eval_engine import Runner
 from moescope.clients.eval_items import Item
+from moescope.clients.terminal import rate_progress
 from moescope.tracer.errors import InputError
 
 _FORMAT = 1  # of the files in EVAL.part, and of what they hold
@@ -147,7 +148,7 @@ class Measuring:
             return done
         self._enter()
         asked.check_lengths(self._runner.max_length)
-        with _progress(self._console) as progress:
+        with rate_progress(self._console) as progress:
             name = {"tune": "tuning", "eval": "evaluating"}[asked.split]
             bar = progress.add_task(name, total=len(todo) * len(asked.asks), rate="")
             # The base first: the divergence of all others is from it.
@@ -238,14 +239,3 @@ class _Kept:
             arrays |= {f"ids{n}": reply.ids, f"log_ps{n}": reply.log_ps}
         with written_aside(self._path(BASE_ARM, ".npz")) as aside, aside.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # its stubs take the names for options
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=console or Console(quiet=True),
-    )

@@ -82,9 +82,8 @@ def mask_from_rd(
     if not entries:
         raise InputError(f"no expert is selected: {'; '.join(notes)}")
     known = METADATA_KEY in (table.schema.metadata or {})
-    settings = read_settings(table) if known else None
-    for long in _NOT_IN_A_MASK:
-        (settings or {}).pop(long, None)
+    facts = read_settings(table) if known else {}
+    kept = {name: fact for name, fact in facts.items() if name not in _NOT_IN_A_MASK}
     return make_mask(
         name=name,
         mode=mode,
@@ -93,7 +92,7 @@ def mask_from_rd(
         note="; ".join(notes) or None,
         source={
             "ranking": None if isinstance(ranking, pa.Table) else str(ranking),
-            "rd": settings,
+            "rd": kept or None,
             "selection": {
                 "select": select,
                 "deactivate": deactivate,

@@ -1,13 +1,8 @@
 """Masks as tables of experts: layer, expert, action, value."""
 
-import json
-from pathlib import Path
-
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
-from moescope.analysis.export import file_format
 from moescope.tracer.errors import InputError
 from moescope.tracer.mask import Mask, make_mask
 
@@ -29,21 +24,6 @@ def mask_table(mask: Mask) -> pa.Table:
         for entry in sorted(mask.entries, key=lambda entry: (entry.layer, entry.expert))
     ]
     return pa.Table.from_pylist(rows, schema)
-
-
-def read_table(path: str | Path) -> pa.Table:
-    """A .parquet, .csv or .json file (an array with one object a row) as a table."""
-    path = Path(path)
-    kind = file_format(path)
-    try:
-        if kind == "parquet":
-            return pq.read_table(path)
-        if kind == "csv":
-            return pyarrow.csv.read_csv(path)
-        return pa.Table.from_pylist(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        # Arrow's are ValueErrors; a JSON file that is no array of rows gives the others.
-        raise InputError(f"can't read the table {path}: {error}") from error
 
 
 def mask_from_table(table: pa.Table, *, name: str, source: str | None = None) -> Mask:

@@ -17,10 +17,16 @@ _COLUMNS = ("layer", "expert", "a1", "d1", "a2", "d2", "rd")
 
 def read_ranking(path: str | Path) -> pa.Table:
     """A ranking that `moescope rd --out` wrote, in any of its formats."""
+    file_format(Path(path))  # what is wrong with the name comes first
+    if not Path(path).is_file():
+        raise InputError(f"there is no ranking {path}: make it with `moescope rd --out`")
+    return read_table(path, "ranking")
+
+
+def read_table(path: str | Path, what: str = "table") -> pa.Table:
+    """A .parquet, .csv or .json file (an array with one object a row)."""
     path = Path(path)
     kind = file_format(path)
-    if not path.is_file():
-        raise InputError(f"there is no ranking {path}: make it with `moescope rd --out`")
     try:
         if kind == "parquet":
             return pq.read_table(path)
@@ -30,7 +36,7 @@ def read_ranking(path: str | Path) -> pa.Table:
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         # Arrow's are ValueErrors; a JSON file that is no array of rows gives the others.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"can't read the ranking {path}: {reason}") from error
+        raise InputError(f"can't read the {what} {path}: {reason}") from error
 
 
 def ranking_shape(table: pa.Table) -> MoeShape:

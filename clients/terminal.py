@@ -1,10 +1,11 @@
-"""Tables in the terminal: numbers to the right, and nothing squeezed when piped."""
+"""Tables in the terminal: numbers to the right, and nothing squeezed when piped; and progress."""
 
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
@@ -42,3 +43,15 @@ def cell_text(value: Any) -> str:
         return escape(value)
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return escape(text if len(text) <= 60 else text[:59] + "…")
+
+
+def rate_progress(console: Console | None) -> Progress:
+    """A bar with counts, the field `rate` of each task, and the time left; None shows nothing."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console or Console(quiet=True),
+    )

@@ -2,11 +2,9 @@
 
 import json
 
-import numpy as np
-import pyarrow as pa
+from rankings import random_ranking
 
 from moescope.analysis.export import write_ranking
-from moescope.analysis.rd import METADATA_KEY
 
 WORDS = ("lamp", "river", "stone", "garden", "window", "paper", "winter", "bridge", "copper")
 
@@ -70,26 +68,8 @@ def write_items(path, lines):
 
 def make_ranking(path, layers=(1, 2, 3), experts=16, top_k=4, seed=0, examples=("traced",)):
     """A ranking as `moescope rd` writes it, of tokens that choose at random."""
-    rng = np.random.default_rng(seed)
-    rows, tokens = [], (40, 60)
-    for layer in layers:
-        counts = [
-            np.bincount(
-                (rng.random((n, experts)) + rng.random(experts)).argsort(1)[:, :top_k].ravel(),
-                minlength=experts,
-            )
-            for n in tokens
-        ]
-        for expert in range(experts):
-            (a1, a2), (n1, n2) = (int(side[expert]) for side in counts), tokens
-            rows.append(
-                {"layer": layer, "expert": expert, "a1": a1, "d1": n1 - a1, "a2": a2, "d2": n2 - a2}
-                | {"rd": a1 / n1 - a2 / n2}
-            )
-    rows.sort(key=lambda row: (-abs(row["rd"]), row["layer"], row["expert"]))
-    settings = {"positive": "with_doc", "negative": "without_doc"}
+    facts = {"positive": "with_doc", "negative": "without_doc"}
     if examples is not None:
-        settings["examples"] = list(examples)
-    table = pa.Table.from_pylist(rows)
-    write_ranking(table.replace_schema_metadata({METADATA_KEY: json.dumps(settings)}), path)
+        facts["examples"] = list(examples)
+    write_ranking(random_ranking(facts, layers, experts, top_k, seed=seed), path)
     return path

@@ -222,18 +222,13 @@ class StoreWriter:
             }
             # Two engines may start at once: the first one's manifest stays, the other compares.
             write_json(path / "manifest.json", manifest, replace=False)
-        there, here = read_manifest(path).to_json(), facts.to_json()
+        there, here = (
+            each.to_json() | {"weights": each.weights} for each in (read_manifest(path), facts)
+        )
         # Another vLLM or another folder of the same model may go on in the same store.
-        differ = [
-            key
-            for key in {**there, **here}
-            if key not in ("engine", "model") and there.get(key, True) != here.get(key, True)
-        ]
+        differ = [key for key in here if key not in ("engine", "model") and there[key] != here[key]]
         if differ:
-            what = ", ".join(
-                f"{key} {there.get(key, True)!r} there, {here.get(key, True)!r} here"
-                for key in differ
-            )
+            what = ", ".join(f"{key} {there[key]!r} there, {here[key]!r} here" for key in differ)
             raise StoreError(
                 f"{path} holds traces of another model ({there['model']}: {what}); "
                 "name another store."

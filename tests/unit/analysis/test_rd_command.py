@@ -1,9 +1,11 @@
 """`moescope rd` and `moescope store aggregate`, through typer on real stores."""
 
+from functools import partial
+
+import commands
 import pyarrow.parquet as pq
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from moescope.analysis.rd import read_settings
 from moescope.clients.cli_analysis import register_analysis, store_app
@@ -14,13 +16,7 @@ register_analysis(app)
 app.add_typer(store_app, name="store")
 
 
-def invoke(*arguments):
-    """Standard output of a command; its errors are raised."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+invoke = partial(commands.invoke, app)
 
 
 @pytest.fixture

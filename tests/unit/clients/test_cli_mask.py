@@ -4,25 +4,19 @@ import json
 import subprocess
 import sys
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import commands
 import pyarrow as pa
 import pytest
-from typer.testing import CliRunner
 
 from moescope.analysis.export import write_ranking
 from moescope.clients.cli_mask import mask_app
 from moescope.tracer.errors import InputError
 from moescope.tracer.mask import make_mask, read_mask, write_mask
 
-
-def invoke(*arguments):
-    """Standard output of a command; its errors are raised."""
-    result = CliRunner().invoke(mask_app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+invoke = partial(commands.invoke, mask_app)
 
 
 def rows(output):

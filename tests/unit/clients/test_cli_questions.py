@@ -1,11 +1,12 @@
 """The commands that ask a store, on the trace in examples/."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import commands
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
 from moescope.analysis import open_store, risk_difference
 from moescope.analysis.export import write_ranking
@@ -16,13 +17,7 @@ from moescope.tracer.errors import InputError
 STORE = Path(__file__).parents[3] / "examples" / "traces"
 
 
-def invoke(*arguments):
-    """Standard output of a command; its errors are raised."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+invoke = partial(commands.invoke, app)
 
 
 def rows(output):

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from functools import partial
 
+import commands
 import pyarrow as pa
 import pytest
 import typer
 from evaluations import Made, make_evaluation
-from typer.testing import CliRunner
 
 from moescope.clients.cli_report import register_report
 from moescope.tracer.errors import InputError
@@ -18,13 +19,7 @@ app = typer.Typer()
 register_report(app)
 
 
-def invoke(*arguments):
-    """Standard output of the command; its errors are raised."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+invoke = partial(commands.invoke, app)
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,16 @@
 """Masks from rankings, random controls and differences."""
 
-import json
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rankings import random_ranking
 
 from moescope.analysis.export import write_ranking
-from moescope.analysis.rd import METADATA_KEY
 from moescope.clients.mask_files import diff, mask_from_rd, random_mask
 from moescope.clients.ranking import ranking_shape, read_ranking
 from moescope.tracer.errors import InputError
@@ -23,28 +21,9 @@ from moescope.tracer.mask_format import Action
 SOFTMAX = RouterSpec("softmax", renormalize=False)
 
 
-def make_ranking(seed, layers=(1, 2, 5), experts=8, top_k=2, tokens=(40, 60)):
-    """A ranking as `risk_difference` makes it, of tokens that choose at random."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for layer in layers:
-        counts = [
-            np.bincount(
-                (rng.random((n, experts)) + rng.random(experts)).argsort(1)[:, :top_k].ravel(),
-                minlength=experts,
-            )
-            for n in tokens
-        ]
-        for expert in range(experts):
-            (a1, a2), (n1, n2) = (int(side[expert]) for side in counts), tokens
-            rows.append(
-                {"layer": layer, "expert": expert, "a1": a1, "d1": n1 - a1, "a2": a2, "d2": n2 - a2}
-                | {"rd": a1 / n1 - a2 / n2}
-            )
-    rows.sort(key=lambda row: (-abs(row["rd"]), row["layer"], row["expert"]))
-    table = pa.Table.from_pylist(rows)
+def make_ranking(seed, layers=(1, 2, 5), experts=8, top_k=2):
     facts = {"positive": "with_doc", "examples": ["q1", "q2"]}
-    return table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)})
+    return random_ranking(facts, layers, experts, top_k, seed=seed)
 
 
 def table_of(rds, top_k=2):
