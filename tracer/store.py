@@ -209,7 +209,9 @@ class StoreWriter:
         if path.exists() and not path.is_dir():
             raise StoreError(f"{path} is a file; a trace store is a folder: name another path.")
         if not (path / "manifest.json").exists():
-            if path.exists() and any(file.name not in _FOLDERS for file in path.iterdir()):
+            # Another writer may be creating the same store: what it makes is no stranger's.
+            names = [file.name for file in path.iterdir()] if path.exists() else []
+            if any(name not in _FOLDERS and "manifest.json" not in name for name in names):
                 raise StoreError(
                     f"{path} is neither empty nor a trace store; name a new folder for the traces."
                 )
@@ -304,13 +306,19 @@ def _sync_folder(folder: Path) -> None:
 def _mend(path: Path) -> None:
     """Clear up after writers that were killed: a lock that can be taken has no living owner."""
     for lock in (path / "writers").glob("[!.]*.lock"):
-        with lock.open() as handle:
+        try:
+            handle = lock.open()
+        except FileNotFoundError:  # its writer has closed meanwhile
+            continue
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            _mend_writer(path, lock.stem)
-            lock.unlink(missing_ok=True)
+            # Whoever closes or mends takes the name away first and lets the lock go after that.
+            if lock.exists():
+                _mend_writer(path, lock.stem)
+                lock.unlink()
 
 
 def _mend_writer(path: Path, writer: str) -> None:

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,6 +69,22 @@ def test_two_writers_share_a_store_and_leave_each_other_alone(tmp_path, facts, t
         assert sorted(w.state for w in read_writers(tmp_path)) == ["closed", "open", "open"]
         one.commit(*tables(4))
     assert len(committed_files(tmp_path)[0]) == 4
+
+
+def test_writers_that_begin_one_store_at_once_all_write_there(tmp_path, facts):
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in range(40):
+            path = tmp_path / f"s{attempt}"
+            together = Barrier(8)
+
+            def begin(path=path, together=together):
+                together.wait()
+                StoreWriter(path, facts).close()
+
+            for each in [pool.submit(begin) for _ in range(8)]:
+                each.result()
+            assert [each.state for each in read_writers(path)] == ["closed"] * 8
+            assert not list(path.rglob(".*"))
 
 
 def test_another_model_or_another_folder_is_refused(tmp_path, facts):
