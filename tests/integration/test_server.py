@@ -362,7 +362,7 @@ def test_nothing_that_the_openapi_page_allows_breaks_the_control_plane(restarted
             suppress_health_check=list(HealthCheck),
         )
         def check(case):
-            response = case.call()
+            response = case.call(timeout=60)  # a busy machine may be late
             assert response.status_code < 500, (case, response.text)
 
         check()
