@@ -25,8 +25,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from moescope.analysis.counts import BATCH_TOKENS, CountBlock, Counts
+from moescope.analysis.counts import CountBlock, Counts
 from moescope.analysis.export import written_aside
+from moescope.analysis.token_files import (
+    BATCH_TOKENS,
+    choose_segments,
+    from_query,
+    read_tokens,
+    whole_files,
+)
 from moescope.analysis.views import open_store, read_sql, unreadable
 from moescope.tracer.errors import InputError, StoreError
 from moescope.tracer.format import MoeShape
@@ -61,10 +68,14 @@ def build_aggregate(path: str | Path) -> Path:
                 "SELECT segment, request_id, count(*)::INTEGER AS tokens FROM tokens "
                 "GROUP BY segment, request_id ORDER BY segment, request_id"
             ).to_arrow_table()
-            numbers = pa.array(np.arange(rows.num_rows))
-            con.register("aggregate_rows", rows.append_column("unit", numbers))
             counts = Counts(rows.num_rows, shape, gate_mass=True)
-            counts.add_tokens(con.sql(read_sql("aggregate")).to_arrow_reader(BATCH_TOKENS))
+            if (whole := whole_files(path)) is not None:
+                counts.add_tokens(read_tokens(whole, choose_segments(rows), shape, weights=True))
+            else:
+                numbers = pa.array(np.arange(rows.num_rows))
+                con.register("aggregate_rows", rows.append_column("unit", numbers))
+                batches = con.sql(read_sql("aggregate")).to_arrow_reader(BATCH_TOKENS)
+                counts.add_tokens(from_query(batches, shape, weights=True))
         except duckdb.Error as error:
             raise unreadable(path, error) from error
     if _file_sizes(path) != files:

@@ -6,6 +6,7 @@ A is whether a token selected the expert, or the gate weight that it gave. docs/
 the definitions. The way of the data:
 
     rd_requests.py   which requests and which of their tokens count
+    token_files.py   the tokens, read from Parquet
     counts.py        each request's count of every expert, or from the store's aggregate.py
     rd_examples.py   requests added up to conditions, and to examples
     rd_estimates.py  the columns; how sure they are says inference.py
@@ -32,6 +33,7 @@ from moescope.analysis.rd_requests import (
     parse_positions,
     token_lengths,
 )
+from moescope.analysis.token_files import whole_files
 from moescope.analysis.views import ask, reading, unreadable
 from moescope.tracer.errors import InputError
 from moescope.tracer.format import MoeShape
@@ -124,15 +126,16 @@ def risk_difference(
             raise InputError(
                 f"{path} has no gate weights (expert ids alone were imported): leave out gate mass."
             )
-        aggregate = None
+        aggregate = files = None
         # A connection covers the files of its time; the aggregate, those of now.
-        if is_whole_segment(settings) and by_path:
-            aggregate = read_aggregate(path)
+        if by_path:
+            aggregate = read_aggregate(path) if is_whole_segment(settings) else None
+            files = whole_files(path)
         try:
             lengths = aggregate.lengths(segment) if aggregate else token_lengths(con, settings)
             requests = choose_requests(con, settings, lengths)
             units = number_units(requests)
-            source = Source(con, units, settings, shape, aggregate)
+            source = Source(con, units, settings, shape, aggregate, files)
         except duckdb.Error as error:
             raise unreadable(path, error) from error
     design = make_design(units, estimator)

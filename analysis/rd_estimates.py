@@ -1,8 +1,9 @@
 """The columns of a risk-difference table: estimates, and what inference.py says of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -11,9 +12,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moescope.analysis.aggregate import Aggregate
-from moescope.analysis.counts import BATCH_TOKENS, CountBlock, Counts
+from moescope.analysis.counts import CountBlock, Counts
 from moescope.analysis.rd_examples import Design, Sums, add_up, make_strata
 from moescope.analysis.rd_requests import token_batches
+from moescope.analysis.token_files import (
+    BATCH_TOKENS,
+    choose_tokens,
+    from_query,
+    read_tokens,
+)
 from moescope.tracer.format import MoeShape
 
 if TYPE_CHECKING:
@@ -33,8 +40,12 @@ class Source:
         settings: dict[str, Any],
         shape: MoeShape,
         aggregate: Aggregate | None,
+        files: Sequence[Path] | None,
     ) -> None:
-        """Counts tokens, unless the aggregate has just the rows that are wanted."""
+        """Counts tokens, unless the aggregate has just the rows that are wanted.
+
+        The tokens are those of `files`, if they hold whole tokens; otherwise those of `con`.
+        """
         segment, gate_mass = settings["segment"], settings["gate_mass"]
         self._aggregate: Aggregate | None = None
         self._rows = units, segment, gate_mass
@@ -45,8 +56,12 @@ class Source:
         if aggregate:
             for block in aggregate.blocks(units, segment, gate_mass=gate_mass):
                 self._counts.add_rows(block)
+        elif files is not None:
+            choose = choose_tokens(units, settings)
+            self._counts.add_tokens(read_tokens(files, choose, shape, weights=gate_mass))
         else:
-            self._counts.add_tokens(token_batches(con, units, settings, BATCH_TOKENS))
+            batches = token_batches(con, units, settings, BATCH_TOKENS)
+            self._counts.add_tokens(from_query(batches, shape, weights=gate_mass))
 
     def blocks(self) -> Iterable[CountBlock]:
         """All units in order."""

@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from moescope.analysis.counts import CountBlock
 
 if TYPE_CHECKING:
     from moescope.analysis.inference import Stratum
+
+
+_UNITS_AT_ONCE = 64  # whose rows fit the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,32 +82,40 @@ class Design:
 
 def make_design(units: pa.Table, estimator: str) -> Design:
     """The design of the requests that `number_units` numbered."""
-    examples: dict[str, dict[str, tuple[list[int], list[int]]]] = {}
-    columns = ("stratum", "example_id", "request_id", "positive")
-    for unit, (stratum, example, request, positive) in enumerate(
-        zip(*(units[name].to_pylist() for name in columns), strict=True)
-    ):
-        key = f"request {request}" if example is None else f"example {example}"
-        sides = examples.setdefault(stratum, {}).setdefault(key, ([], []))
-        sides[0 if positive else 1].append(unit)
-    row, stratum_of = np.zeros((2, units.num_rows), np.int64)
-    rows: list[StratumRows] = []
-    done = [0, 0]
-    for number, (name, members) in enumerate(sorted(examples.items())):
-        start, pairs = list(done), 0
-        # Pairs first; within them, and after them, in the order of the first request's id.
-        for sides in sorted(members.values(), key=lambda sides: not (sides[0] and sides[1])):
-            pairs += bool(sides[0] and sides[1])
-            for side, of_side in enumerate(sides):
-                if of_side:
-                    row[of_side], stratum_of[of_side] = done[side], number
-                    done[side] += 1
-        rows.append(StratumRows(name, slice(start[0], done[0]), slice(start[1], done[1]), pairs))
+    positive = units["positive"].to_numpy()
+    names = sorted(units["stratum"].unique().to_pylist())
+    stratum = pc.index_in(units["stratum"], value_set=pa.array(names, pa.string())).to_numpy()
+    known = units["example_id"].unique().drop_null()
+    # A request without an example is one of its own.
+    own = pa.array(len(known) + np.arange(units.num_rows))
+    found = pc.index_in(units["example_id"], value_set=known, skip_nulls=True)
+    key = pc.coalesce(found.cast(pa.int64()), own).to_numpy()
+    _, firsts, example = np.unique(
+        np.stack([stratum, key]), axis=1, return_index=True, return_inverse=True
+    )
+    there = np.zeros((2, len(firsts)), bool)
+    for side, of_side in enumerate((positive, ~positive)):
+        there[side, example[of_side]] = True
+    paired, of_stratum = there.all(axis=0), stratum[firsts]
+    # Pairs first; within them, and after them, in the order of the first request's id.
+    order = np.lexsort((firsts, ~paired, of_stratum))
+    rows_of = np.zeros((2, len(firsts)), np.int64)
+    rows_of[:, order] = there[:, order].cumsum(axis=1) - 1
+    first, second = (
+        [0, *np.bincount(of_stratum[of_side], minlength=len(names)).cumsum().tolist()]
+        for of_side in there
+    )
+    pairs = np.bincount(of_stratum[paired], minlength=len(names)).tolist()
+    rows = [
+        StratumRows(name, slice(*first[at : at + 2]), slice(*second[at : at + 2]), pairs[at])
+        for at, name in enumerate(names)
+    ]
+    side_of = np.where(positive, 0, 1)
     tokens = units["tokens"].to_numpy()
     return Design(
-        side=np.where(units["positive"].to_numpy(), 0, 1),
-        row=row,
-        stratum=stratum_of,
+        side=side_of,
+        row=rows_of[side_of, example],
+        stratum=stratum.astype(np.int64),
         tokens=tokens,
         size=tokens if estimator == "token" else np.ones_like(tokens),
         strata=tuple(rows),
@@ -128,30 +140,49 @@ def add_up(
     design: Design, blocks: Iterable[CountBlock], *, gate_mass: bool, columns: Any, keep: bool
 ) -> Sums:
     """Read all units once, in order, so that sums are the same to the last bit."""
+    group = design.stratum * 2 + design.side
     counts = rates = rows = None
     for block in blocks:
-        units = block.units
-        chosen = block.counts[:, columns]
-        values = block.of(gate_mass)[:, columns].astype(np.float64)
-        if not design.pooled:
-            values /= design.tokens[units, None]
-        if counts is None or rates is None:
-            counts = np.zeros((2, chosen.shape[1]), np.int64)
-            rates = np.zeros((len(design.strata), 2, chosen.shape[1]))
-            if keep:
-                rows = tuple(np.zeros((n, chosen.shape[1])) for n in design.examples)
-        for side in (0, 1):
-            counts[side] += chosen[design.side[units] == side].sum(axis=0, dtype=np.int64)
-        for unit, value in zip(units.tolist(), values, strict=True):
-            side = design.side[unit]
-            rates[design.stratum[unit], side] += value
-            if rows is not None:
-                rows[side][design.row[unit]] += value
+        averaged = block.of(gate_mass)
+        for start in range(0, len(block.units), _UNITS_AT_ONCE):
+            groups = group[block.units[start : start + _UNITS_AT_ONCE]]
+            for number in np.unique(groups):
+                at = start + np.flatnonzero(groups == number)
+                units, chosen = block.units[at], block.counts[at][:, columns]
+                if counts is None or rates is None:
+                    counts, rates = np.zeros((2, 2 * len(design.strata), chosen.shape[1]))
+                    if keep:
+                        rows = tuple(np.zeros((n, chosen.shape[1])) for n in design.examples)
+                values = chosen.astype(np.float64)
+                counts[number] += values.sum(axis=0)  # of integers, so exact in any order
+                if gate_mass:
+                    values = averaged[at][:, columns]
+                if not design.pooled:
+                    values /= design.tokens[units, None]
+                if gate_mass or not design.pooled:
+                    # Down a column NumPy adds one row after the other: here, to the sum so far.
+                    rates[number] = np.vstack([rates[number], values]).sum(axis=0)
+                if rows is not None:
+                    _add_rows(rows[number % 2], design.row[units], values)
     assert counts is not None
     assert rates is not None
+    if design.pooled and not gate_mass:
+        rates = counts
     sizes = np.zeros((len(design.strata), 2))
     np.add.at(sizes, (design.stratum, design.side), design.size)
-    return Sums(counts, rates / sizes[:, :, None], rows)  # type: ignore[arg-type]
+    shape = (len(design.strata), 2, -1)
+    totals = counts.reshape(shape).sum(axis=0).astype(np.int64)
+    return Sums(totals, rates.reshape(shape) / sizes[:, :, None], rows)  # type: ignore[arg-type]
+
+
+def _add_rows(
+    rows: NDArray[np.float64], places: NDArray[np.int64], values: NDArray[np.float64]
+) -> None:
+    """Add `values` to the rows at `places`, in order where a place comes several times."""
+    if len(np.unique(places)) == len(places):
+        rows[places] += values
+    else:
+        np.add.at(rows, places, values)
 
 
 def make_strata(design: Design, rows: Sequence[NDArray[np.float64]]) -> "list[Stratum]":

@@ -100,6 +100,8 @@ def test_equals_the_reference(maker_of, seed, shape, count, **options):
                 risk_difference(path, **SIDES, **options)
             return
         table = risk_difference(path, **SIDES, **options)
+        # A path's tokens are read from its files; a connection's, by a query.
+        assert table.equals(risk_difference(open_store(path), **SIDES, **options))
     counts, *_ = reference(
         requests, shape, **(expected | {"estimator": "token", "gate_mass": False})
     )
