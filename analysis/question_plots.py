@@ -1,11 +1,13 @@
-"""Figures of load, co-activation, shifts and two rankings, written to .png, .pdf or .svg files."""
+"""Figures of the other questions (questions.py, shift.py), as .png, .pdf or .svg files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
@@ -89,3 +91,68 @@ def plot_shift(experts: pa.Table, path: str | Path, *, title: str) -> None:
 def plot_overlap(compared: AxesCompared, path: str | Path) -> None:
     """Draw every expert's risk difference in one ranking over that in the other."""
     save_figure(scatter_figure(compared), path)
+
+
+def plot_tokens(
+    tokens: Sequence[dict[str, Any]], labels: Sequence[str], path: str | Path, *, title: str
+) -> None:
+    """Draw rows of `expert_tokens`: how often each token chose the expert, beside all tokens' rate.
+
+    `labels` name the tokens; the numbers behind the bars are how often, and of how many.
+    """
+    count = max(len(tokens), 1)
+    figure = Figure(figsize=(6.4, 0.24 * count + 1.4), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    axes.barh(range(len(tokens)), [row["rate"] for row in tokens], color="#4477aa")
+    for place, row in enumerate(tokens):
+        counts = f" {row['count']:,} of {row['total']:,}"
+        axes.text(row["rate"], place, counts, va="center", fontsize=7)
+    if tokens:
+        axes.axvline(tokens[0]["rate"] / tokens[0]["lift"], color="black", ls="--", lw=1)
+        axes.set_xlabel("rate; dashed: of all tokens")
+    axes.set_yticks(range(len(tokens)), labels, fontsize=7, parse_math=False)
+    axes.set_ylim(count - 0.4, -0.6)
+    axes.set_xlim(0, 1.18 * max((row["rate"] for row in tokens), default=1))
+    axes.set_title(title, fontsize=10, parse_math=False)
+    save_figure(figure, path)
+
+
+def plot_request(
+    routing: pa.Table, labels: Sequence[str], path: str | Path, *, num_experts: int, title: str
+) -> None:
+    """Draw rows of `request_routing`: a panel a layer, experts over tokens, darker the more weight.
+
+    `labels` name the tokens in order; they are written where there is room. Lines part segments.
+    """
+    layers, rows = np.unique(routing["layer"].to_numpy(), return_inverse=True)
+    positions, columns = np.unique(routing["position"].to_numpy(), return_inverse=True)
+    shown = np.zeros((len(layers), num_experts, len(positions)))
+    experts, weights = routing["experts"].to_pylist(), routing["weights"].to_pylist()
+    for row, column, chosen, given in zip(rows, columns, experts, weights, strict=True):
+        # A store of ids alone has no weights: then chosen is black.
+        shown[row, chosen, column] = 1.0 if given is None or None in given else given
+    width = float(np.clip(0.13 * len(positions), 5, 18))
+    height = float(np.clip(0.05 * num_experts, 1.2, 4))
+    size = width + 1.4, height * len(layers) + 1.2
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    panels = figure.subplots(len(layers), sharex=True, squeeze=False)[:, 0]
+    of_first = routing.filter(rows == 0)
+    segments = [of_first["segment"].to_pylist()[at] for at in np.argsort(columns[rows == 0])]
+    edges = [at for at in range(1, len(segments)) if segments[at] != segments[at - 1]]
+    for axes, layer, image in zip(panels, layers, shown, strict=True):
+        drawn = axes.imshow(
+            image, cmap="Greys", vmin=0, vmax=shown.max(), aspect="auto", interpolation="nearest"
+        )
+        axes.set_ylabel(f"layer {layer}\nexpert", fontsize=7)
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.tick_params(labelsize=6)
+        for edge in edges:
+            axes.axvline(edge - 0.5, color="#bb5566", lw=1)
+    step = max(1, round(len(positions) * 0.13 / width))
+    places = range(0, len(positions), step)
+    words = [f"{positions[at]} {labels[at]}".strip() for at in places]
+    panels[-1].set_xticks(places, words, rotation=90, fontsize=6, parse_math=False)
+    named = " | ".join(segments[at] for at in [0, *edges])
+    panels[0].set_title(f"{title}\n{named}", fontsize=9, parse_math=False)
+    figure.colorbar(drawn, ax=list(panels), label="gate weight", shrink=0.8, pad=0.01)
+    save_figure(figure, path)

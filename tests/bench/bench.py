@@ -4,7 +4,7 @@ Arms alternate within a run (A B A B ...) and ratios are taken pair by pair, sin
 shared machine drifts; the medians are what to quote. docs/experiments.md keeps results.
 
     make bench                       everything
-    make bench BENCH="engine"        one of: engine, writer, rd
+    make bench BENCH="engine"        one of: engine, writer, rd, layout
 """
 
 import argparse
@@ -176,9 +176,21 @@ def bench_rd(rounds: int) -> None:
     bench_rd.bench_rd(_esft_store(Path(tempfile.mkdtemp())), rounds)
 
 
+def bench_layout(rounds: int) -> None:
+    """Bytes and speed of several Parquet layouts of real routing (bench_layout.py)."""
+    import bench_layout as layout
+
+    layout.bench_layout(_esft_store(Path(tempfile.mkdtemp())), rounds)
+
+
 def main() -> None:
     """Run the benchmarks that were asked for."""
-    benches = {"engine": bench_engine, "writer": bench_writer, "rd": bench_rd}
+    benches = {
+        "engine": bench_engine,
+        "writer": bench_writer,
+        "rd": bench_rd,
+        "layout": bench_layout,
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benches", nargs="*", help=f"any of {', '.join(benches)}; default: all")
     parser.add_argument("--rounds", type=int, default=7)

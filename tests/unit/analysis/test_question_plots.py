@@ -9,9 +9,18 @@ from moescope.analysis.question_plots import (
     _side_by_side,
     plot_coactivation,
     plot_load,
+    plot_request,
     plot_shift,
+    plot_tokens,
 )
-from moescope.analysis.questions import Selection, coactivation, even_lift, expert_load
+from moescope.analysis.questions import (
+    Selection,
+    coactivation,
+    even_lift,
+    expert_load,
+    expert_tokens,
+    request_routing,
+)
 from moescope.analysis.shift import compare
 from moescope.tracer.errors import InputError
 from moescope.tracer.format import MoeShape
@@ -52,6 +61,19 @@ def test_any_shape_is_drawn(maker_of, tmp_path, shape):
     )
     found = compare(store, Selection(condition="a"), Selection(condition="b"))
     plot_shift(found.experts, tmp_path / "shift.pdf", title="a to b")
+    tokens = expert_tokens(store, 0, 1, min_total=1).to_pylist()[:12]
+    labels = [f"${row['token_id']}" for row in tokens]
+    plot_tokens(tokens, labels, tmp_path / "tokens.svg", title="expert $1")
+    routing = request_routing(store, "q3")
+    plot_request(
+        routing,
+        [f"${n}" for n in range(30)],
+        tmp_path / "request.svg",
+        num_experts=shape.num_experts,
+        title="q3",
+    )
+    assert f"<!-- {labels[0]} -->" in (tmp_path / "tokens.svg").read_text()
+    assert "<!-- 29 $29 -->" in (tmp_path / "request.svg").read_text()
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
     assert "<!-- layer $0 -->" in (tmp_path / "pairs.svg").read_text()
     assert (tmp_path / "shift.pdf").read_bytes().startswith(b"%PDF")
