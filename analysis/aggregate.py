@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -37,6 +36,7 @@ from moescope.analysis.token_files import (
 from moescope.analysis.views import open_store, read_sql, unreadable
 from moescope.tracer.errors import InputError, StoreError
 from moescope.tracer.format import MoeShape
+from moescope.tracer.object_path import StorePath, Where, for_pyarrow, store_path
 from moescope.tracer.store import committed_files, read_manifest
 
 FILE_NAME = "activation.parquet"
@@ -46,13 +46,13 @@ _GROUP_VALUES = 1 << 20  # counts in a row group: 4 MiB, and 8 of gate mass
 _THREADS = 4
 
 
-def build_aggregate(path: str | Path) -> Path:
+def build_aggregate(path: Where) -> StorePath:
     """Count the store at `path` into its aggregate; returns the file.
 
     Raises StoreError when `path` is no trace store or can't be read, InputError when traces were
     added meanwhile.
     """
-    path = Path(path)
+    path = store_path(path)
     facts, files = read_manifest(path), _file_sizes(path)
     shape = facts.shape
     if not facts.weights:
@@ -84,7 +84,7 @@ def build_aggregate(path: str | Path) -> Path:
     return path / FILE_NAME
 
 
-def _write(file: Path, rows: pa.Table, counts: Counts, facts: dict[str, object]) -> None:
+def _write(file: StorePath, rows: pa.Table, counts: Counts, facts: dict[str, object]) -> None:
     schema = pa.schema(
         [
             pa.field("segment", pa.string(), nullable=False),
@@ -126,10 +126,10 @@ def _write(file: Path, rows: pa.Table, counts: Counts, facts: dict[str, object])
 class Aggregate:
     """A store's aggregate, opened: its rows' keys in memory, their counts on disk."""
 
-    def __init__(self, file: Path, metadata: pq.FileMetaData, shape: MoeShape) -> None:
+    def __init__(self, file: StorePath, metadata: pq.FileMetaData, shape: MoeShape) -> None:
         self._file, self._metadata = file, metadata
         self._num_columns = len(shape.layers) * shape.num_experts
-        self._rows = pq.read_table(file, columns=["segment", "request_id", "tokens"])
+        self._rows = pq.read_table(for_pyarrow(file), columns=["segment", "request_id", "tokens"])
 
     def lengths(self, segment: str) -> pa.Table:
         """As rd_requests.token_lengths gives them, of whole segments."""
@@ -181,7 +181,7 @@ class Aggregate:
         self, names: list[str], group: int, places: NDArray[np.int64], units: NDArray[np.int64]
     ) -> CountBlock:
         # A reader of its own: one is not for several threads at once.
-        with pq.ParquetFile(self._file, metadata=self._metadata) as reader:
+        with pq.ParquetFile(for_pyarrow(self._file), metadata=self._metadata) as reader:
             table = reader.read_row_group(group, columns=names, use_threads=False)
         arrays = [
             table[name].combine_chunks().flatten().to_numpy().reshape(-1, self._num_columns)
@@ -192,14 +192,14 @@ class Aggregate:
         return CountBlock(units, arrays[0], arrays[1] if len(arrays) > 1 else None)
 
 
-def read_aggregate(path: str | Path) -> Aggregate | None:
+def read_aggregate(path: Where) -> Aggregate | None:
     """The aggregate of the store at `path`; None if there is none of exactly its files."""
-    path = Path(path)
+    path = store_path(path)
     file = path / FILE_NAME
     if not file.is_file():
         return None
     try:
-        metadata = pq.read_metadata(file)
+        metadata = pq.read_metadata(for_pyarrow(file))
         facts = json.loads((metadata.metadata or {})[_KEY])
         if facts["files"] != _file_sizes(path):
             return None
@@ -211,10 +211,10 @@ def read_aggregate(path: str | Path) -> Aggregate | None:
         ) from error
 
 
-def _file_sizes(path: Path) -> dict[str, int]:
+def _file_sizes(path: StorePath) -> dict[str, int]:
     """The committed files of a store, by their path within it."""
-    files = (file for pair in committed_files(path) for file in pair)
-    return {str(file.relative_to(path)): file.stat().st_size for file in files}
+    files = (file for files in committed_files(path) for file in files)
+    return {f"{file.parent.name}/{file.name}": file.stat().st_size for file in files}
 
 
 def _lists(name: str, values: pa.DataType) -> pa.Field:

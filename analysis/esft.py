@@ -17,6 +17,7 @@ from moescope.analysis.views import open_store
 from moescope.tracer.assemble import Assembler, Traced
 from moescope.tracer.errors import InputError
 from moescope.tracer.format import ModelFacts, MoeShape
+from moescope.tracer.object_path import Where, store_path
 from moescope.tracer.ring import Rows
 from moescope.tracer.store import StoreWriter
 
@@ -31,7 +32,7 @@ Routing = tuple[NDArray[np.int32], NDArray[np.float16]]
 
 def import_esft(
     folder: str | Path,
-    store: str | Path,
+    store: Where,
     *,
     top_k: int = 6,
     num_experts: int = 64,
@@ -48,7 +49,7 @@ def import_esft(
     when they aren't, or when `store` has an ESFT import already; StoreError when `store` is of
     another model.
     """
-    store = Path(store)
+    store = store_path(store)
     domains = _find_domains(Path(folder))
     if (store / "manifest.json").exists():
         with closing(open_store(store)) as con:

@@ -1,5 +1,6 @@
 """Write a query's result or a ranking to a file, whole: written aside, then renamed."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moescope.tracer.errors import InputError
+from moescope.tracer.object_path import ObjectPath, StorePath
 
 # DuckDB's options of COPY ... TO for each format that we write.
 FORMATS = {
@@ -55,8 +57,17 @@ def write_query(con: duckdb.DuckDBPyConnection, query: str, path: Path, format_:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; renamed to `path` when the block ends without an error."""
+def written_aside(path: StorePath) -> Iterator[Path]:
+    """A name beside `path` to write to; renamed to `path` when the block ends without an error.
+
+    For an object it is a temporary file, which is sent then.
+    """
+    if isinstance(path, ObjectPath):
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder, path.name)
+            yield local
+            path.write_bytes(pa.memory_map(str(local)).read_buffer())
+        return
     if not path.parent.is_dir():
         raise InputError(f"can't write {path}: the folder {path.parent} doesn't exist.")
     aside = path.with_name(f".{path.name}.part")

@@ -2,12 +2,12 @@
 
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import duckdb
 
 from moescope.analysis.views import open_store, unreadable
 from moescope.tracer.format import ModelFacts
+from moescope.tracer.object_path import Where, store_path
 from moescope.tracer.store import WriterCounters, committed_files, read_manifest, read_writers
 
 
@@ -43,9 +43,9 @@ class StoreInfo:
         return self.bytes / self.tokens if self.tokens else None
 
 
-def store_info(path: str | Path) -> StoreInfo:
+def store_info(path: Where) -> StoreInfo:
     """Describe the store at `path` without reading its tokens; StoreError if it is none."""
-    path = Path(path)
+    path = store_path(path)
     tokens, requests = committed_files(path)
     with closing(open_store(path)) as con:
         try:

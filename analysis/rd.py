@@ -15,7 +15,6 @@ the definitions. The way of the data:
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import duckdb
@@ -37,6 +36,7 @@ from moescope.analysis.token_files import whole_files
 from moescope.analysis.views import ask, reading, unreadable
 from moescope.tracer.errors import InputError
 from moescope.tracer.format import MoeShape
+from moescope.tracer.object_path import Where
 
 Estimator = Literal["token", "sequence"]
 
@@ -45,7 +45,7 @@ DEFAULT_RESAMPLES = 2000
 
 
 def risk_difference(
-    store: str | Path | duckdb.DuckDBPyConnection,
+    store: Where | duckdb.DuckDBPyConnection,
     *,
     condition_column: str = "condition",
     positive: str,

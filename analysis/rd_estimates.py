@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -22,6 +21,7 @@ from moescope.analysis.token_files import (
     read_tokens,
 )
 from moescope.tracer.format import MoeShape
+from moescope.tracer.object_path import StorePath
 
 if TYPE_CHECKING:
     from moescope.analysis.inference import Stratum
@@ -40,7 +40,7 @@ class Source:
         settings: dict[str, Any],
         shape: MoeShape,
         aggregate: Aggregate | None,
-        files: Sequence[Path] | None,
+        files: Sequence[StorePath] | None,
     ) -> None:
         """Counts tokens, unless the aggregate has just the rows that are wanted.
 

@@ -22,6 +22,7 @@ from moescope.tracer.format import (
     requests_schema,
     tokens_schema,
 )
+from moescope.tracer.object_path import StorePath, Where, store_path
 from moescope.tracer.store import StoreWriter
 
 NO_TOKEN_ID = -1
@@ -30,7 +31,7 @@ _REQUESTS_IN_FILE = 1000
 
 def import_routed_experts(
     sources: Sequence[str | Path],
-    store: str | Path,
+    store: Where,
     layout: Layout,
     *,
     run: str = "import",
@@ -48,7 +49,7 @@ def import_routed_experts(
     they aren't, or when `store` has a request of the same id; StoreError when `store` is of another
     model.
     """
-    store = Path(store)
+    store = store_path(store)
     sequences = [item for source in sources for item in read_source(Path(source), layout)]
     if not sequences:
         raise InputError("the sources hold no routed_experts: was the engine told to return them?")
@@ -114,7 +115,7 @@ def _sorted_steps(experts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.diff(np.sort(experts, axis=2), axis=2)
 
 
-def _check_ids(sequences: Sequence[Routed], store: Path) -> None:
+def _check_ids(sequences: Sequence[Routed], store: StorePath) -> None:
     ids = [item.request_id for item in sequences]
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from moescope.analysis.rd_requests import ALL_SEGMENTS
 from moescope.tracer.errors import StoreError
 from moescope.tracer.format import MoeShape
+from moescope.tracer.object_path import StorePath, Where, for_pyarrow
 from moescope.tracer.store import committed_files, stage_of
 
 _KEYS = ["request_id", "position", "token_id", "segment"]
@@ -46,9 +46,9 @@ class TokenBlock:
 Choose = Callable[[pa.Table], NDArray[np.int64]]
 
 
-def whole_files(path: str | Path) -> list[Path] | None:
+def whole_files(path: Where) -> list[StorePath] | None:
     """The token files of a store; None if a pipeline's stages wrote some, each only its layers."""
-    files, _ = committed_files(Path(path))
+    files, _ = committed_files(path)
     return files if all(stage_of(file.name) == (1, 1) for file in files) else None
 
 
@@ -105,14 +105,14 @@ def choose_segments(rows: pa.Table) -> Choose:
 
 
 def read_tokens(
-    files: Iterable[Path], choose: Choose, shape: MoeShape, *, weights: bool
+    files: Iterable[StorePath], choose: Choose, shape: MoeShape, *, weights: bool
 ) -> Iterator[TokenBlock]:
     """The chosen tokens of these files. StoreError names a file that can't be read."""
     with ThreadPoolExecutor(_AHEAD) as pool:
         ahead: deque[Future[TokenBlock | None]] = deque()
         try:
             for file in files:
-                metadata = _readable(file, pq.read_metadata)
+                metadata = _readable(file, lambda file: pq.read_metadata(for_pyarrow(file)))
                 for group in range(metadata.num_row_groups):
                     ahead.append(pool.submit(_read, file, metadata, group, choose, shape, weights))
                     if len(ahead) > _AHEAD:
@@ -125,15 +125,15 @@ def read_tokens(
 
 
 def _read(
-    file: Path,
+    file: StorePath,
     metadata: pq.FileMetaData,
     group: int,
     choose: Choose,
     shape: MoeShape,
     weights: bool,
 ) -> TokenBlock | None:
-    def read(file: Path) -> TokenBlock | None:
-        with pq.ParquetFile(file, metadata=metadata, read_dictionary=_NAMES) as reader:
+    def read(file: StorePath) -> TokenBlock | None:
+        with pq.ParquetFile(for_pyarrow(file), metadata=metadata, read_dictionary=_NAMES) as reader:
             units = choose(reader.read_row_group(group, columns=_KEYS, use_threads=False))
             rows = np.flatnonzero(units >= 0)
             if not len(rows):
@@ -169,7 +169,7 @@ def _as_routes(lists: pa.ListArray, num_tokens: int, shape: MoeShape) -> NDArray
     return values.to_numpy(zero_copy_only=False).reshape(num_tokens, -1)
 
 
-def _readable(file: Path, read: Callable[[Path], Any]) -> Any:
+def _readable(file: StorePath, read: Callable[[StorePath], Any]) -> Any:
     try:
         return read(file)
     except (pa.ArrowException, OSError) as error:

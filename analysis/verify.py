@@ -1,10 +1,11 @@
 """Check a trace store: every invariant that readers rely on, one pair of files at a time."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
@@ -14,10 +15,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from moescope.analysis.views import read_sql
+from moescope.analysis.views import connect, read_sql, unreadable
 from moescope.tracer.errors import StoreError
 from moescope.tracer.format import MoeShape, requests_schema, tokens_schema
-from moescope.tracer.store import WriterCounters, read_manifest, read_writers, stage_of
+from moescope.tracer.object_path import (
+    ObjectPath,
+    StorePath,
+    Where,
+    list_files,
+    store_path,
+)
+from moescope.tracer.store import (
+    WriterCounters,
+    living_writers,
+    read_manifest,
+    read_writers,
+    stage_of,
+)
 
 # What to do about a failed check. Rows and requests can't be mended, so mostly it is the last one.
 _REMEDIES = {
@@ -57,45 +71,70 @@ class Problem:
         return f"{self.file}{request}: {self.check}: {self.what}{more}; {self.remedy}."
 
 
-def verify_store(path: str | Path) -> list[Problem]:
+def verify_store(path: Where) -> list[Problem]:
     """Everything that is wrong with the store at `path`; an empty list if it is sound.
 
     Reads every committed file once; memory stays within a batch of tokens and one file's request
     ids and positions. Raises StoreError when `path` is no trace store.
     """
-    path = Path(path)
+    path = store_path(path)
     facts = read_manifest(path)
     whole = facts.shape
     problems: list[Problem] = []
-    readable: list[Path] = []
+    readable: list[StorePath] = []
+    counts: dict[str, WriterCounters] = {}
     layers = _layers(path)
-    for requests in _committed(path):
-        tokens = path / "tokens" / requests.name
+    committed = _committed(path)
+    there = {file.name: file for file in list_files(path / "tokens", "[!.]*.parquet")}
+    for requests in committed:
+        tokens = there.get(requests.name)
         shape = replace(whole, layers=layers.get(_writer(requests), whole.layers))
-        if not tokens.exists():
+        if tokens is None:
             problems.append(Problem("missing tokens", _name(requests), None, "has no tokens file"))
             continue
-        faults = list(_check_pair(tokens, requests, shape, facts.weights))
-        problems += faults
-        if not any(fault.check in ("unreadable", "schema") for fault in faults):
-            readable.append(requests)
+        with _fetched(tokens, requests) as pair:
+            faults = list(_check_pair(*pair, shape, facts.weights))
+            problems += faults
+            if not any(fault.check in ("unreadable", "schema") for fault in faults):
+                readable.append(requests)
+                writer = _writer(requests)
+                _count(counts.setdefault(writer, WriterCounters(writer)), *pair)
     problems += _check_across(path, readable)
-    problems += _check_counters(path, readable)
+    problems += _check_counters(path, counts)
     return problems
 
 
-def store_notes(path: str | Path) -> list[str]:
+@contextmanager
+def _fetched(tokens: StorePath, requests: StorePath) -> Iterator[tuple[Path, Path]]:
+    """Both files of a pair, here: of objects, copies that are gone afterwards."""
+    if isinstance(tokens, Path) and isinstance(requests, Path):
+        yield tokens, requests
+        return
+    with TemporaryDirectory() as folder:
+        copies = []
+        for file in (tokens, requests):
+            assert isinstance(file, ObjectPath)
+            copy = Path(folder, file.parent.name, file.name)
+            copy.parent.mkdir()
+            file.download(copy)
+            copies.append(copy)
+        yield copies[0], copies[1]
+
+
+def store_notes(path: Where) -> list[str]:
     """What is no damage, but good to know: uncommitted files, writers not closed, lost rows."""
-    path = Path(path)
+    path = store_path(path)
     committed = {file.name for file in _committed(path)}
     notes = [
         f"{_name(file)} is not committed, so it is passed over: its writer is at it, or was killed."
-        for file in sorted((path / "tokens").glob("[!.]*.parquet"))
+        for file in list_files(path / "tokens", "[!.]*.parquet")
         if file.name not in committed
     ]
+    living = set(living_writers(path))
     for writer in read_writers(path):
         if writer.state == "open":
-            notes.append(f"writer {writer.writer} is still open (or was killed): not counted.")
+            how = " and at work" if writer.writer in living else ", but gone: it was killed"
+            notes.append(f"writer {writer.writer} is still open{how}; its counters may be behind.")
         elif writer.state == "killed":
             notes.append(f"writer {writer.writer} was killed; what it had not written is lost.")
         if writer.dropped_rows:
@@ -111,11 +150,11 @@ def store_notes(path: str | Path) -> list[str]:
     return notes
 
 
-def _committed(path: Path) -> list[Path]:
-    return sorted((path / "requests").glob("[!.]*.parquet"))
+def _committed(path: StorePath) -> list[StorePath]:
+    return list_files(path / "requests", "[!.]*.parquet")
 
 
-def _layers(path: Path) -> dict[str, tuple[int, ...]]:
+def _layers(path: StorePath) -> dict[str, tuple[int, ...]]:
     """The layers of each writer that has not all of the model's."""
     try:
         return {w.writer: tuple(w.layers) for w in read_writers(path) if w.layers}
@@ -123,11 +162,11 @@ def _layers(path: Path) -> dict[str, tuple[int, ...]]:
         return {}
 
 
-def _writer(file: Path) -> str:
+def _writer(file: StorePath) -> str:
     return file.stem.rpartition("-")[0]
 
 
-def _name(file: Path) -> str:
+def _name(file: StorePath) -> str:
     return f"{file.parent.name}/{file.name}"
 
 
@@ -223,7 +262,7 @@ def _first_wrong(
     return Problem(check, _name(file), str(rows["request_id"][token]), f"at {where}")
 
 
-def _check_across(path: Path, requests: list[Path]) -> Iterator[Problem]:
+def _check_across(path: StorePath, requests: list[StorePath]) -> Iterator[Problem]:
     """No request is there twice, and each of a pipeline-parallel engine is there in every stage.
 
     While a stage's writer is at it, or when it was killed, requests may lack that stage.
@@ -234,12 +273,15 @@ def _check_across(path: Path, requests: list[Path]) -> Iterator[Problem]:
     files = [(str(file), _name(file), *stage_of(file.name)) for file in requests]
     names = ["filename", "name", "stage", "stages"]
     table = pa.Table.from_pylist([dict(zip(names, file, strict=True)) for file in files])
-    with closing(duckdb.connect()) as con:
+    with closing(connect(path)) as con:
         con.register("files", table)
-        found = con.execute(
-            read_sql("verify_across"),
-            {"files": [escape(file[0]) for file in files], "unfinished": unfinished},
-        )
+        try:
+            found = con.execute(
+                read_sql("verify_across"),
+                {"files": [escape(file[0]) for file in files], "unfinished": unfinished},
+            )
+        except duckdb.Error as error:
+            raise unreadable(path, error) from error
         problems: dict[tuple[str, str], Problem] = {}
         for check, file, request, what in found.fetchall():
             new = problems.get((check, file), Problem(check, file, request, what, count=0))
@@ -247,31 +289,31 @@ def _check_across(path: Path, requests: list[Path]) -> Iterator[Problem]:
     yield from problems.values()
 
 
-def _states(path: Path) -> list[tuple[str, str]]:
+def _states(path: StorePath) -> list[tuple[str, str]]:
     try:
         return [(writer.writer, writer.state) for writer in read_writers(path)]
     except StoreError:  # `_check_counters` says so
         return []
 
 
-def _check_counters(path: Path, readable: list[Path]) -> Iterator[Problem]:
+def _count(counts: WriterCounters, tokens: Path, requests: Path) -> None:
+    """Add what a pair of files has."""
+    complete = pq.read_table(requests, columns=["complete"])["complete"]
+    counts.files += 1
+    counts.rows += pq.read_metadata(tokens).num_rows
+    counts.requests += len(complete)
+    counts.incomplete_requests += complete.to_pylist().count(False)
+    counts.bytes += tokens.stat().st_size + requests.stat().st_size
+
+
+def _check_counters(path: StorePath, there: dict[str, WriterCounters]) -> Iterator[Problem]:
     """Compare writers/*.json with the files; a writer that is still open may be behind them."""
     try:
         writers = read_writers(path)
     except StoreError as error:
         yield Problem("writers", "writers", None, str(error))
         return
-    there: dict[str, WriterCounters] = {}
-    for requests in readable:
-        writer = _writer(requests)
-        counts = there.setdefault(writer, WriterCounters(writer))
-        tokens = path / "tokens" / requests.name
-        complete = pq.read_table(requests, columns=["complete"])["complete"]
-        counts.files += 1
-        counts.rows += pq.read_metadata(tokens).num_rows
-        counts.requests += len(complete)
-        counts.incomplete_requests += complete.to_pylist().count(False)
-        counts.bytes += tokens.stat().st_size + requests.stat().st_size
+    there = dict(there)
     for said in writers:
         found = there.pop(said.writer, WriterCounters(said.writer))
         differ = [

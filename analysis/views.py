@@ -17,11 +17,14 @@ import pyarrow as pa
 
 from moescope.tracer.errors import StoreError
 from moescope.tracer.format import MoeShape, requests_schema, tokens_schema
+from moescope.tracer.object_path import ObjectPath, StorePath, Where, store_path
 from moescope.tracer.store import committed_files, read_manifest, stage_of
 
 
-def open_store(path: str | Path) -> duckdb.DuckDBPyConnection:
+def open_store(path: Where) -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB connection with views over the files committed by now.
+
+    `path` is a folder, or a place in object storage as "s3://bucket/traces".
 
     The views (docs/sql.md lists their columns) read the store's files as a query needs them;
     files committed later are seen after opening again. The one-row table `model` holds the
@@ -29,12 +32,12 @@ def open_store(path: str | Path) -> duckdb.DuckDBPyConnection:
 
     Raises StoreError when `path` is no trace store, or its files can't be read.
     """
-    path = Path(path)
+    path = store_path(path)
     facts = read_manifest(path)
     files = committed_files(path)
     tokens = _union(_tokens(*part) for part in _by_stage(files[0]))
     requests = _union(_requests(*part) for part in _by_stage(files[1]))
-    con = duckdb.connect()
+    con = connect(path)
     try:
         # It would go to standard output, among our own. In a notebook without ipywidgets it is off,
         # and can't even be switched off.
@@ -58,9 +61,19 @@ def open_store(path: str | Path) -> duckdb.DuckDBPyConnection:
     return con
 
 
+def connect(store: StorePath) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB that can read a store's files, wherever they are."""
+    con = duckdb.connect()
+    if isinstance(store, ObjectPath):
+        from moescope.analysis.object_files import register
+
+        register(con, store)
+    return con
+
+
 @contextmanager
 def reading(
-    store: str | Path | duckdb.DuckDBPyConnection,
+    store: Where | duckdb.DuckDBPyConnection,
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection of our own to a store, which is given by its path or by a connection.
 
@@ -84,7 +97,7 @@ def read_sql(name: str) -> str:
     return Path(__file__).with_name(f"{name}.sql").read_text(encoding="utf-8")
 
 
-def unreadable(path: str | Path, error: duckdb.Error) -> StoreError:
+def unreadable(path: Where, error: duckdb.Error) -> StoreError:
     """The error to raise when DuckDB can't read a store's files."""
     return StoreError(
         f"the files of {path} can't be read: {error}\n"
@@ -92,16 +105,16 @@ def unreadable(path: str | Path, error: duckdb.Error) -> StoreError:
     )
 
 
-def _by_stage(files: list[Path]) -> list[tuple[int, dict[int, list[Path]]]]:
+def _by_stage(files: list[StorePath]) -> list[tuple[int, dict[int, list[StorePath]]]]:
     """(number of stages, the files of each stage), for every number that there is."""
-    found: dict[int, dict[int, list[Path]]] = {}
+    found: dict[int, dict[int, list[StorePath]]] = {}
     for file in files:
         stage, count = stage_of(file.name)
         found.setdefault(count, {}).setdefault(stage, []).append(file)
     return sorted(found.items())
 
 
-def _tokens(count: int, files: dict[int, list[Path]]) -> str | None:
+def _tokens(count: int, files: dict[int, list[StorePath]]) -> str | None:
     """The tokens of all engines of `count` stages; None if some stage has no file at all."""
     if len(files) < count:
         return None
@@ -123,7 +136,7 @@ def _tokens(count: int, files: dict[int, list[Path]]) -> str | None:
     )
 
 
-def _requests(count: int, files: dict[int, list[Path]]) -> str:
+def _requests(count: int, files: dict[int, list[StorePath]]) -> str:
     """The requests of all engines of `count` stages: complete if they are so in every stage."""
     read = _read_parquet([file for stage in files.values() for file in stage])
     if count == 1:
@@ -145,7 +158,7 @@ def _union(parts: Iterable[str | None]) -> str | None:
     return "(" + " UNION ALL BY NAME ".join(f"FROM {part}" for part in there) + ")"
 
 
-def _read_parquet(files: list[Path]) -> str:
+def _read_parquet(files: list[StorePath]) -> str:
     """A table function over exactly these files, whatever characters their paths hold.
 
     Hive partitioning is off: a folder named `run=1` above the store must not become a column.

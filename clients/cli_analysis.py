@@ -14,13 +14,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from moescope.clients.cli_options import Store
 from moescope.clients.cli_rd import rd
 from moescope.clients.terminal import add_column, cell_text, count_text, make_table, open_console
 from moescope.tracer.errors import InputError
 
 SHOWN_ROWS = 100
-
-Store = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the trace store.")]
 
 store_app = typer.Typer(no_args_is_help=True, help="Describe and check trace stores.")
 

@@ -10,10 +10,9 @@ import typer
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
+from moescope.clients.cli_options import Store
 from moescope.clients.terminal import count_text, open_console
 from moescope.tracer.errors import InputError
-
-Store = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the trace store.")]
 
 import_app = typer.Typer(
     no_args_is_help=True, help="Make stores, rankings and masks of others' data."
@@ -51,8 +50,11 @@ def esft(
 @import_app.command("routed-experts")
 def routed_experts(
     sources: Annotated[
-        list[Path],
-        typer.Argument(metavar="SOURCE... STORE", help=".npy, .json and .jsonl files; the store."),
+        list[str],
+        typer.Argument(
+            metavar="SOURCE... STORE",
+            help=".npy, .json and .jsonl files; last the store, as for other commands.",
+        ),
     ],
     config: Annotated[
         Path | None, typer.Option(help="The model's config.json, or the folder that holds it.")

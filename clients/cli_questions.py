@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from moescope.clients.cli_options import Store
 from moescope.clients.terminal import count_text, make_table, open_console
 from moescope.tracer.errors import InputError
 
-Store = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the trace store.")]
 Run = Annotated[str | None, typer.Option(help="Only requests of this run.")]
 Condition = Annotated[str | None, typer.Option(help="Only requests of this condition.")]
 Mask = Annotated[str | None, typer.Option(help="Only tokens under this mask; none: under no mask.")]

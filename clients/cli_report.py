@@ -1,13 +1,16 @@
 """The command `moescope report`: one page for people, from evaluations and a store."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from moescope.clients.terminal import open_console
 from moescope.tracer.errors import InputError
+
+if TYPE_CHECKING:
+    from moescope.tracer.object_path import StorePath
 
 
 def register_report(app: typer.Typer) -> None:
@@ -17,9 +20,10 @@ def register_report(app: typer.Typer) -> None:
 
 def report(
     paths: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            metavar="EVAL|STORE...", help="Folders of `moescope eval`, and at most one store."
+            metavar="EVAL|STORE...",
+            help="Folders of `moescope eval`, and at most one store (a folder, s3://… or gs://…).",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The page, an .html file.")],
@@ -65,10 +69,12 @@ def report(
     from moescope.analysis.report import write_report
     from moescope.analysis.report_files import check_target
     from moescope.analysis.report_verdict import verdict_lines
+    from moescope.tracer.object_path import store_path
 
     check_target(out)
-    folders = [path for path in paths if is_evaluation(path)]
-    stores = [path for path in paths if not is_evaluation(path)]
+    places = [store_path(path) for path in paths]
+    folders = [each for each in places if isinstance(each, Path) and is_evaluation(each)]
+    stores = [each for each in places if each not in folders]
     _check_stores(stores, positive, negative)
     evaluations = [read_evaluation(path) for path in folders]
     ranking = None
@@ -92,7 +98,7 @@ def report(
     console.print(f"report: {escape(str(out))}")
 
 
-def _check_stores(stores: list[Path], positive: str | None, negative: str | None) -> None:
+def _check_stores(stores: "list[StorePath]", positive: str | None, negative: str | None) -> None:
     """What is no evaluation has to be a store, at most one, with its two conditions named."""
     for path in stores:
         if not (path / "manifest.json").is_file():

@@ -21,8 +21,12 @@ def serve(
     *,
     masks: Annotated[Path, typer.Option(help="Folder of the masks (made if there is none).")],
     store: Annotated[
-        Path | None,
-        typer.Option(help="Trace store (made if there is none); without one nothing is traced."),
+        str | None,
+        typer.Option(
+            metavar="STORE",
+            help="Trace store (made if there is none): a folder, s3://BUCKET/PATH or "
+            "gs://BUCKET/PATH. Without one nothing is traced.",
+        ),
     ] = None,
     admin_key: Annotated[
         str | None,
@@ -57,7 +61,11 @@ def serve(
     -- --max-model-len 4096 --trust-remote-code`
     """
     from moescope.server.serve import serve as run
+    from moescope.tracer.object_path import ObjectPath, store_path
 
+    place = None if store is None else store_path(store)
+    if isinstance(place, ObjectPath):
+        place.check_bucket()  # before a model is loaded for minutes
     options = ["--host", host, "--port", str(port)]
     if api_key:
         options += ["--api-key", *api_key]
@@ -65,7 +73,7 @@ def serve(
         model,
         [*options, *(vllm_options or ())],
         masks=masks,
-        store=store,
+        store=place,
         admin_key=admin_key,
         slots=slots,
         own_mask=own_mask,

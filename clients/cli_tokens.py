@@ -11,13 +11,13 @@ import typer
 from rich.markup import escape
 
 from moescope.clients.cli_import import parse_layers
+from moescope.clients.cli_options import Store
 from moescope.clients.cli_questions import (
     Condition,
     Mask,
     Out,
     Run,
     Segment,
-    Store,
     check_files,
 )
 from moescope.clients.terminal import count_text, make_table, open_console

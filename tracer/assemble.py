@@ -108,6 +108,17 @@ class Assembler:
         self._finished[request] = traced
         self.finished_rows += self._rows_of.pop(request, 0)
 
+    def is_open(self, request: int) -> bool:
+        """Whether it has begun and not finished."""
+        return request in self._open
+
+    def give_up(self, request: int) -> int:
+        """Forget the rows of a request of which nothing is known; returns how many there were."""
+        before = self._used
+        self._keep(np.flatnonzero(self._pool.request[:before] != request))
+        del self._rows_of[request]
+        return before - self._used
+
     def take(self) -> tuple[pa.Table, pa.Table] | None:
         """The (tokens, requests) tables of the finished requests, which leave the pool."""
         if not self._finished:

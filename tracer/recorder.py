@@ -34,6 +34,7 @@ class _Live:
     """A traced request between its first step and its finish."""
 
     number: int
+    begin: dict[str, Any]
     lost_rows: int = 0
 
 
@@ -105,7 +106,7 @@ class Recorder:
         }
         if self.sink.send(message):
             self.num_requests = number
-            self._live[request_id] = _Live(number)
+            self._live[request_id] = _Live(number, message)
             self._batch = None
 
     def finish(self, request_ids: AbstractSet[str]) -> None:
@@ -126,6 +127,12 @@ class Recorder:
         """
         if self.sink is not None and not self._live:
             self.sink.poll(wait=True)
+
+    def _resume(self, sink: RingSink) -> None:
+        """Give the sink another writer, which must know of the requests that run."""
+        begins = [live.begin for live in self._live.values()]
+        if not sink.resume(begins, self.num_requests):
+            self._unsent.append(sink.resumed(self.num_requests))
 
     def mask_changes(self, key: str | None) -> None:
         """From the next step on, requests without a mask of their own run under this one."""
@@ -154,6 +161,8 @@ class Recorder:
             return
         # Also for steps without a traced request: the last one's rows may have been on their way.
         self.sink.poll()
+        if isinstance(self.sink, RingSink) and self.sink.wants_another:
+            self._resume(self.sink)
         if self.silent_layers != []:
             self._prove()
         live = self._live
@@ -233,6 +242,8 @@ class Recorder:
         if side is not None and isinstance(sink, RingSink):
             sink.poll(wait=True)
             side.close()
+        if isinstance(sink, RingSink) and sink.has_stopped:
+            sink.resume([], self.num_requests)  # what lies in the ring is to reach the disk
         if sink is not None:
             sink.close()
 

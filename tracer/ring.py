@@ -6,6 +6,8 @@
                request uint32 | position int32 | token int32 | experts [L*k] | weights float16 [L*k]
     ...      messages: a byte ring of  length uint32, JSON  (begin and finish of requests)
 
+Both tails say what the writer is done with. It may die, and another takes up from there.
+
 The engine owns the *head* words and the writer the *tail* words. Both only grow; row i lies at
 i % capacity. The producer fills the columns first and moves the head last, the consumer copies
 first and moves the tail last, with a memory fence between, so neither ever sees a row that is
@@ -25,9 +27,9 @@ from numpy.typing import NDArray
 
 from moescope.tracer.format import MoeShape
 
-_HEADER_BYTES = 4096
+HEADER_BYTES = 4096
 _FAILURE_AT = 2048
-_MAGIC = 0x6D6F6573636F7065
+MAGIC = 0x6D6F6573636F7065
 
 # Header words, by index into a uint64 array; 8 words are a cache line.
 HEAD, TAIL, MESSAGE_HEAD, MESSAGE_TAIL = 8, 16, 24, 32
@@ -35,6 +37,13 @@ SYNC_ASKED, SYNC_DONE = 40, 48  # the engine asks by counting up, the writer ans
 CLOSED = 56  # 1: the engine has sent its last row
 STATE = 64  # of the writer: one of the four below
 DROPPED_ROWS, DROPPED_REQUESTS = 72, 80  # what the engine had to let go
+# What the writer reports (ring_watch.py). Times are in ns of the machine's monotonic clock.
+LOOKED_AT = 88  # when it last looked for rows
+WAITING_SINCE = 96  # since when finished requests wait for their file; 0: none does
+BEGUN, FILES, ROWS, BYTES = 104, 112, 120, 128  # requests begun; what is on disk
+WRITER = 136  # the writer's process id
+SETTLED = 144  # rows that are on disk, or that nothing more is to be done with
+LOST_ROWS = 152  # rows that writers had taken and not put on disk when they died
 STARTING, RUNNING, FINISHED, FAILED = range(4)
 
 _fence_lock = threading.Lock()
@@ -89,7 +98,7 @@ class Ring:
         self.fd, self.shape, self.capacity = fd, shape, capacity
         self._map = mmap.mmap(fd, self.size(shape, capacity, message_bytes))
         self.words = np.frombuffer(self._map, np.uint64, _FAILURE_AT // 8)
-        at, columns = _HEADER_BYTES, []
+        at, columns = HEADER_BYTES, []
         for dtype, tail in _columns(shape):
             count = capacity * int(np.prod(tail, dtype=int))
             column = np.frombuffer(self._map, dtype, count, at)
@@ -99,6 +108,7 @@ class Ring:
         self._messages = np.frombuffer(self._map, np.uint8, message_bytes, at)
         # Rows handed out to be filled; the engine's own count, ahead of HEAD while copies run.
         self.reserved = int(self.words[HEAD])
+        self._read_to = int(self.words[MESSAGE_TAIL])  # the writer's, ahead of the tail
 
     @staticmethod
     def size(shape: MoeShape, capacity: int, message_bytes: int) -> int:
@@ -106,7 +116,7 @@ class Ring:
         sizes = [
             capacity * dtype.itemsize * int(np.prod(t, dtype=int)) for dtype, t in _columns(shape)
         ]
-        return _HEADER_BYTES + sum(size + -size % 64 for size in sizes) + message_bytes
+        return HEADER_BYTES + sum(size + -size % 64 for size in sizes) + message_bytes
 
     @classmethod
     def create(cls, shape: MoeShape, capacity: int, message_bytes: int = 1 << 22) -> Self:
@@ -114,7 +124,7 @@ class Ring:
         fd = os.memfd_create("moescope-ring")
         os.ftruncate(fd, cls.size(shape, capacity, message_bytes))
         ring = cls(fd, shape, capacity, message_bytes)
-        ring.words[0] = _MAGIC
+        ring.words[0] = MAGIC
         return ring
 
     def close(self) -> None:
@@ -198,27 +208,31 @@ class Ring:
         """Let the engine overwrite the oldest `rows` rows."""
         self.set_word(TAIL, int(self.words[TAIL]) + rows)
 
-    def receive(self) -> list[dict[str, Any]]:
-        """Take every message that has been sent."""
-        tail, head = int(self.words[MESSAGE_TAIL]), self.word(MESSAGE_HEAD)
-        if head == tail:
+    def receive(self) -> list[tuple[int, dict[str, Any]]]:
+        """Every message sent since the last call, with the place where it begins."""
+        start, head = self._read_to, self.word(MESSAGE_HEAD)
+        if head == start:
             return []
-        data = self._messages[np.arange(tail, head) % len(self._messages)].tobytes()
+        data = self._messages[np.arange(start, head) % len(self._messages)].tobytes()
         messages, at = [], 0
         while at < len(data):
             length = int.from_bytes(data[at : at + 4], "little")
-            messages.append(json.loads(data[at + 4 : at + 4 + length]))
+            messages.append((start + at, json.loads(data[at + 4 : at + 4 + length])))
             at += 4 + length
-        self.set_word(MESSAGE_TAIL, head)
+        self._read_to = head
         return messages
+
+    def forget(self, place: int | None = None) -> None:
+        """Let the engine overwrite the messages before `place`, or all that were received."""
+        self.set_word(MESSAGE_TAIL, self._read_to if place is None else place)
 
     def fail(self, reason: str) -> None:
         """Leave the reason of the writer's failure for the engine to report."""
-        text = reason.encode()[: _HEADER_BYTES - _FAILURE_AT - 1] + b"\0"
+        text = reason.encode()[: HEADER_BYTES - _FAILURE_AT - 1] + b"\0"
         self._map[_FAILURE_AT : _FAILURE_AT + len(text)] = text
         self.set_word(STATE, FAILED)
 
     @property
     def failure(self) -> str:
         """What `fail` left."""
-        return self._map[_FAILURE_AT:_HEADER_BYTES].split(b"\0", 1)[0].decode(errors="replace")
+        return self._map[_FAILURE_AT:HEADER_BYTES].split(b"\0", 1)[0].decode(errors="replace")

@@ -5,12 +5,12 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from moescope.tracer.errors import InputError, SlotsFullError, TracerError, UnsupportedModelError
 from moescope.tracer.format import DEFAULT_RUN
 from moescope.tracer.mask_format import Mask
+from moescope.tracer.object_path import Where, store_path
 from moescope.tracer.request import TraceRequest
 from moescope.tracer.settings import load_settings
 
@@ -21,7 +21,7 @@ _SETTLE_TIMEOUT_S = 60.0
 def trace(
     llm: Any,
     *,
-    store: str | Path | None,
+    store: Where | None,
     run: str = DEFAULT_RUN,
     condition: str | None = None,
     default: bool = True,
@@ -34,7 +34,8 @@ def trace(
 
     Args:
         llm: a `vllm.LLM` with a mixture-of-experts model.
-        store: the trace store's folder, made if there is none; None records and writes nothing.
+        store: the trace store, made if there is none: a folder, or a place in object storage
+            ("s3://bucket/traces"); None records and writes nothing.
         run: the run of requests that don't name one.
         condition: the condition of requests that don't name one.
         default: whether requests that say nothing are traced.
@@ -50,7 +51,7 @@ def trace(
     from moescope.tracer.worker import call_workers
 
     load_settings(**settings)  # an error here names the setting, before the engine is asked
-    place = None if store is None else str(Path(store).absolute())
+    place = None if store is None else str(store_path(store).absolute())
     call_workers(llm, "start", place, settings)
     try:
         _prove(llm)

@@ -3,13 +3,17 @@
 Each can be given as an environment variable MOESCOPE_NAME, or as an argument to `trace(...)`.
 """
 
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from moescope.tracer.errors import InputError
+from moescope.tracer.object_path import Where, store_path
+
+
+def _store(where: Where | None) -> str | None:
+    return None if where is None else str(store_path(where))
 
 
 class Settings(BaseSettings):
@@ -17,8 +21,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="MOESCOPE_", frozen=True, extra="forbid")
 
-    store: Path | None = Field(
-        None, description="Trace store to attach when an engine starts (`vllm serve`); none: idle."
+    store: Annotated[str | None, BeforeValidator(_store)] = Field(
+        None,
+        description="Trace store to attach when an engine starts (`vllm serve`): a folder, "
+        "s3://BUCKET/PATH or gs://BUCKET/PATH; none: idle.",
     )
     trace: Literal["on", "off"] = Field(
         "off", description="Whether requests that say nothing about tracing are traced."

@@ -5,24 +5,28 @@ import logging
 import os
 import sys
 import time
+import uuid
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Protocol
 
 from moescope.tracer.detached import Detached
 from moescope.tracer.errors import StoreError, TracerError
 from moescope.tracer.format import ModelFacts, Stage
+from moescope.tracer.object_path import Where
 from moescope.tracer.ring import (
     CLOSED,
     DROPPED_REQUESTS,
     DROPPED_ROWS,
     FAILED,
     FINISHED,
+    LOST_ROWS,
     STARTING,
     STATE,
     SYNC_ASKED,
     SYNC_DONE,
+    TAIL,
     Ring,
     Rows,
 )
@@ -33,6 +37,7 @@ logger = logging.getLogger("moescope")
 _START_TIMEOUT_S = 60.0
 _WAIT_S = 0.0005
 _ALIVE_EVERY_S = 0.1
+_LOOK_EVERY_S, _LONGEST_WAIT_S = 1.0, 60.0
 
 
 class Sink(Protocol):
@@ -86,11 +91,15 @@ class NullSink:
 
 
 class RingSink:
-    """The engine's end of the ring, and the owner of the writer process."""
+    """The engine's end of the ring, and the owner of the writer process.
+
+    When the writer dies, an engine that is to block raises an error: a batch job is run again, and
+    nothing is lost. One that is to drop rows serves people, and starts another (`resume`).
+    """
 
     def __init__(
         self,
-        store: Path,
+        store: Where,
         facts: ModelFacts,
         settings: Settings,
         *,
@@ -108,7 +117,7 @@ class RingSink:
         capacity = max((settings.ring_mib << 20) // shape.row_bytes, min_rows)
         message_bytes = 1 << 22
         self._ring = Ring.create(shape, capacity, message_bytes)
-        argument = {
+        self._argument = {
             "fd": self._ring.fd,
             "capacity": capacity,
             "message_bytes": message_bytes,
@@ -117,11 +126,12 @@ class RingSink:
             "stage": None if stage is None else asdict(stage),
             "settings": settings.model_dump(mode="json"),
         }
-        me = os.pidfd_open(os.getpid())
-        argument |= {"engine": me}
-        command = [sys.executable, "-m", "moescope.tracer.writer", json.dumps(argument)]
-        self._process = Detached(command, pass_fds=[self._ring.fd, me])
-        os.close(me)
+        self._names: list[str] = []  # of all writers that there were
+        # Global masks, and the rows before each: those that a writer has not come to, and one more.
+        self._masks: deque[tuple[int, str | None]] = deque([(0, None)])
+        self._look_at = time.monotonic() + _LOOK_EVERY_S
+        self._patience_s = _LOOK_EVERY_S
+        self._process = self._start()
         deadline = time.monotonic() + _START_TIMEOUT_S
         while self._ring.word(STATE) == STARTING:
             self._check_alive()
@@ -131,15 +141,81 @@ class RingSink:
             time.sleep(_WAIT_S)
         self._check_alive()
 
+    def _start(self) -> Detached:
+        """Start a writer, which goes on where the last one was."""
+        ring = self._ring
+        while len(self._masks) > 1 and self._masks[1][0] <= ring.word(TAIL):
+            self._masks.popleft()
+        name, me = uuid.uuid4().hex[:12], os.pidfd_open(os.getpid())
+        argument = self._argument | {"engine": me, "writer": name, "earlier": self._names}
+        argument["mask"] = self._masks[0][1]
+        ring.set_word(STATE, STARTING)
+        command = [sys.executable, "-m", "moescope.tracer.writer", json.dumps(argument)]
+        process = Detached(command, pass_fds=[ring.fd, me])
+        os.close(me)
+        self._names.append(name)
+        self._started = time.monotonic()
+        return process
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the writer is dead, and there is to be another."""
+        return not self._block and not self._process.running()
+
+    @property
+    def wants_another(self) -> bool:
+        """Whether the writer is dead and it is time for another; looks once a second."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return False
+        self._look_at = now + _LOOK_EVERY_S
+        if not self.has_stopped:
+            return False
+        # One that dies at once, again and again, is left alone for longer and longer.
+        lived = now - self._started
+        if lived > _LONGEST_WAIT_S:
+            self._patience_s = _LOOK_EVERY_S
+        if lived < self._patience_s:
+            return False
+        self._patience_s = min(2 * self._patience_s, _LONGEST_WAIT_S)
+        return True
+
+    def resume(self, begins: Sequence[dict[str, Any]], requests: int) -> bool:
+        """Start another writer after the death of one; False: say how many requests again.
+
+        `begins` are the messages of the requests that run, `requests` how many began ever.
+        """
+        failure = self._ring.failure if self._ring.word(STATE) == FAILED else "it was killed"
+        logger.error("the trace writer died (%s); starting another", failure)
+        self._process.close()
+        self._process = self._start()
+        self._warned = False
+        for message in begins:
+            self._ring.send(message)
+        return self._ring.send(self.resumed(requests))
+
+    def resumed(self, requests: int) -> dict[str, Any]:
+        """The message to the present writer of how many requests began before it."""
+        return {"op": "resume", "writer": self._names[-1], "requests": requests}
+
     @property
     def dropped_rows(self) -> int:
-        """Rows that were let go since the start."""
-        return self._ring.word(DROPPED_ROWS)
+        """Rows that were let go since the start, or lost by a writer that died."""
+        return self._ring.word(DROPPED_ROWS) + self._ring.word(LOST_ROWS)
 
     @property
     def ring(self) -> Ring:
         """The ring, for those who fill it by themselves (`reserve`, then `publish`)."""
         return self._ring
+
+    @property
+    def where(self) -> dict[str, int]:
+        """Where other processes find the ring's counters (ring_watch.py)."""
+        return {
+            "engine": os.getpid(),
+            "fd": self._ring.fd,
+            "capacity": self._ring.capacity,
+        }
 
     def write(self, rows: Rows) -> bool:
         """Copy rows into the ring; waits or drops by the policy when it is full."""
@@ -193,6 +269,10 @@ class RingSink:
         """Queue a message; waits or gives up by the policy when there is no room."""
         if message["op"] != "begin":
             message["rows_before"] = self._ring.reserved
+        if message["op"] == "mask":
+            while self._masks[-1][0] > self._ring.reserved:
+                self._masks.pop()
+            self._masks.append((self._ring.reserved, message["mask"]))
         if self._block:
             self._wait_for(lambda: self._ring.send(message))
             return True
@@ -222,8 +302,7 @@ class RingSink:
     def _warn_once(self) -> None:
         if not self._warned:
             self._warned = True
-            gone = "" if self._process.running() else ": its writer is gone, restart the engine"
-            logger.error("the trace store can't keep up, rows are dropped and counted%s", gone)
+            logger.error("the trace store can't keep up, rows are dropped and counted")
 
     def _wait_for(self, ready: Any) -> None:
         checked = time.monotonic()
@@ -242,7 +321,5 @@ class RingSink:
                 raise StoreError(message)
             raise TracerError(f"the trace writer failed: {self._ring.failure}")
         if not self._process.running():
-            raise TracerError(
-                "the trace writer died; restart the engine to trace again, what it had written is "
-                "whole"
-            )
+            then = "restart the engine to trace again" if self._block else "another will start"
+            raise TracerError(f"the trace writer died; {then}, what it had written is whole")

@@ -1,4 +1,4 @@
-"""The trace store on disk: create, append whole files, mend after a crash.
+"""The trace store: create, append whole files, mend after a crash.
 
     DIR/manifest.json              the format's version and the traced model; never changes
     DIR/tokens/W-000001.parquet    one row a token       \\  a pair: the requests file is renamed
@@ -8,10 +8,14 @@
 
     W is a random name, and pSofN-NAME for stage S of an N-stage pipeline-parallel engine
 
-Every file is written aside under a dotted name, fsynced and renamed, so a reader never sees half
-a file. A writer that was killed leaves at most a tokens file without its twin, which readers pass
+Every file appears whole or not at all (store_files.py says how), so a reader never sees half a
+file. A writer that was killed leaves at most a tokens file without its twin, which readers pass
 over and the next writer removes. Counters are kept a writer each, not in the manifest: several
 engines may write one store at the same time.
+
+DIR can be in object storage (object_path.py). There are no locks there, and so nobody mends: a
+writer that is slow can't be told from a dead one, and what it left hurts nobody. A living one puts
+its counters again every minute.
 
 The stages of a pipeline-parallel engine write each their own pairs of files: the same requests and
 positions, and of the layers only their own. Readers join them (analysis/views.py).
@@ -19,9 +23,11 @@ positions, and of the layers only their own. Readers join them (analysis/views.p
 
 import fcntl
 import json
-import os
 import re
+import tempfile
+import time
 import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +45,16 @@ from moescope.tracer.format import (
     requests_schema,
     tokens_schema,
 )
+from moescope.tracer.object_path import (
+    ObjectPath,
+    StorePath,
+    Where,
+    list_files,
+    read_texts,
+    store_path,
+)
+from moescope.tracer.store_files import PATIENCE_S, SILENT_S, store_files
+from moescope.tracer.store_files import write_json as write_json
 
 _FOLDERS = ("tokens", "requests", "writers")
 _STAGED = re.compile(r"p(\d+)of(\d+)-")
@@ -76,14 +92,20 @@ def stage_of(name: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (1, 1)
 
 
-def read_manifest(path: Path) -> ModelFacts:
+def read_manifest(path: Where) -> ModelFacts:
     """The traced model of the store at `path`; StoreError if there is no such store."""
+    path = store_path(path)
+    return _parse_manifest(path, (path / "manifest.json").read_text)
+
+
+def _parse_manifest(path: StorePath, read: Callable[[], str]) -> ModelFacts:
     file = path / "manifest.json"
     try:
-        data = json.loads(file.read_text())
+        data = json.loads(read())
     except FileNotFoundError:
+        what = "folder" if isinstance(path, Path) else "place"
         raise StoreError(
-            f"{path} is not a trace store: it has no manifest.json. Name a folder that "
+            f"{path} is not a trace store: it has no manifest.json. Name a {what} that "
             "`moescope trace` or `moescope import` wrote."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -100,26 +122,59 @@ def read_manifest(path: Path) -> ModelFacts:
         raise StoreError(f"{file} lacks {error}; restore it from a backup.") from None
 
 
-def committed_files(path: Path) -> tuple[list[Path], list[Path]]:
+def committed_files(path: Where) -> tuple[list[StorePath], list[StorePath]]:
     """The committed (tokens, requests) files of a store, paired by index, oldest name first."""
-    requests = sorted((path / "requests").glob("[!.]*.parquet"))
-    tokens = [path / "tokens" / file.name for file in requests]
-    missing = next((file for file in tokens if not file.exists()), None)
+    path = store_path(path)
+    # In this order: a pair that comes meanwhile is whole, or not seen.
+    requests = list_files(path / "requests", "[!.]*.parquet")
+    there = {file.name: file for file in list_files(path / "tokens", "[!.]*.parquet")}
+    missing = next((file.name for file in requests if file.name not in there), None)
     if missing is not None:
         raise StoreError(
-            f"{missing} is missing although {missing.name} is in requests/: "
+            f"{path / 'tokens' / missing} is missing although {missing} is in requests/: "
             "restore it, or remove the requests file to give up its requests."
         )
-    return tokens, requests
+    return [there[file.name] for file in requests], requests
 
 
-def read_writers(path: Path) -> list[WriterCounters]:
+def read_writers(path: Where) -> list[WriterCounters]:
     """The counters of every writer that the store has had."""
-    files = sorted((path / "writers").glob("[!.]*.json"))
+    path = store_path(path)
+    files = list_files(path / "writers", "[!.]*.json")
     try:
-        return [WriterCounters(**json.loads(file.read_text())) for file in files]
+        return [WriterCounters(**json.loads(text)) for text in read_texts(files)]
     except (json.JSONDecodeError, TypeError) as error:
         raise StoreError(f"{path / 'writers'} holds a damaged file: {error}") from None
+
+
+def last_seen(path: Where) -> dict[str, float]:
+    """When each writer's counters were written, in seconds since 1970."""
+    files = (store_path(path) / "writers").glob("[!.]*.json")
+    return {file.stem: file.stat().st_mtime for file in files}
+
+
+def living_writers(path: Where) -> list[str]:
+    """The writers that live: they hold their lock, or, in object storage, were seen lately.
+
+    There, one that was killed is among them for five minutes more.
+    """
+    path = store_path(path)
+    if isinstance(path, ObjectPath):
+        seen, since = last_seen(path), time.time() - SILENT_S
+        still_open = (each.writer for each in read_writers(path) if each.state == "open")
+        return [writer for writer in still_open if seen.get(writer, 0) > since]
+    living = []
+    for lock in (path / "writers").glob("[!.]*.lock"):
+        try:
+            handle = lock.open()
+        except FileNotFoundError:  # its writer has closed meanwhile
+            continue
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                living.append(lock.stem)
+    return living
 
 
 class StoreWriter:
@@ -130,16 +185,25 @@ class StoreWriter:
 
     def __init__(
         self,
-        path: Path,
+        path: Where,
         facts: ModelFacts,
         *,
         writer: str | None = None,
         stage: Stage | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
-        """`facts` are the whole model's; `stage`: of a pipeline, where this is one of several."""
-        self.path = path
-        self._create_or_match(facts)
-        name, shape = writer or uuid.uuid4().hex[:12], facts.shape
+        """`facts` are the whole model's; `stage`: of a pipeline, where this is one of several.
+
+        What can't be written, since the disk is full or object storage is away, is tried again for
+        `patience_s`.
+        """
+        self.path = store_path(path)
+        self._facts = facts
+        self._files = store_files(self.path, patience_s)
+        # In object storage two may have made the manifest at once, each its own.
+        self._sure = self._create_or_match() or isinstance(self.path, Path)
+        self._name = name = writer or uuid.uuid4().hex[:12]
+        shape = facts.shape
         self.counters = WriterCounters(name)
         if stage is not None:
             shape = stage.of(shape)
@@ -149,18 +213,23 @@ class StoreWriter:
             "tokens": tokens_schema(shape, weights=facts.weights),
             "requests": requests_schema(),
         }
-        # Locked before it gets its name, so that nobody takes it for a dead writer's.
-        lock = path / "writers" / f"{self.counters.writer}.lock"
-        aside = lock.with_name(f".{lock.name}")
-        self._lock = aside.open("x")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        aside.rename(lock)
-        self._lock_file = lock
+        self._counters_file = self.path / "writers" / f"{self.counters.writer}.json"
+        self._closed = False
+        self._files.claim(self._counters_file)
         self._save_counters()
-        _mend(path)
+        if isinstance(self.path, Path):
+            _mend(self.path)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for unnamed temporary files: the store's own, or the system's."""
+        return self.path if isinstance(self.path, Path) else Path(tempfile.gettempdir())
 
     def commit(self, tokens: pa.Table, requests: pa.Table) -> None:
         """Write one pair of files; both appear, or neither counts."""
+        if not self._sure:
+            self._match()
+            self._sure = True
         name = f"{self.counters.writer}-{self.counters.files + 1:06}.parquet"
         size = self._write("tokens", name, tokens) + self._write("requests", name, requests)
         counters = self.counters
@@ -173,12 +242,24 @@ class StoreWriter:
 
     def close(self) -> None:
         """Mark this writer closed; calling it again does nothing."""
-        if self._lock.closed:
+        if self._closed:
             return
+        self._closed = True
         self.counters.state = "closed"
         self._save_counters()
-        self._lock_file.unlink(missing_ok=True)
-        self._lock.close()
+        self._files.release()
+
+    def earlier(self, names: Iterable[str]) -> list[WriterCounters]:
+        """The counters of other writers, named as `writer` is."""
+        whole = self.counters.writer
+        prefix = whole[: len(whole) - len(self._name)]
+        by_name = {each.writer: each for each in read_writers(self.path)}
+        return [by_name.get(prefix + name, WriterCounters(prefix + name)) for name in names]
+
+    def amend(self, counters: WriterCounters) -> None:
+        """Write the counters of another writer, which is dead."""
+        file = self.path / "writers" / f"{counters.writer}.json"
+        self._files.put_json(file, counters.to_json())
 
     def save_dropped(self, rows: int, requests: int) -> None:
         """Set the numbers of rows and of whole requests that never reached this writer."""
@@ -204,62 +285,55 @@ class StoreWriter:
     ) -> None:
         self.close()
 
-    def _create_or_match(self, facts: ModelFacts) -> None:
-        path = self.path
-        if path.exists() and not path.is_dir():
+    def _create_or_match(self) -> bool:
+        """Make the store, or check that this one is of our model; whether it was there."""
+        path, there = self.path, True
+        if path.is_file():
             raise StoreError(f"{path} is a file; a trace store is a folder: name another path.")
         if not (path / "manifest.json").exists():
+            there = False
             # Another writer may be creating the same store: what it makes is no stranger's.
             names = [file.name for file in path.iterdir()] if path.exists() else []
             if any(name not in _FOLDERS and "manifest.json" not in name for name in names):
                 raise StoreError(
                     f"{path} is neither empty nor a trace store; name a new folder for the traces."
                 )
-            for folder in _FOLDERS:
-                (path / folder).mkdir(parents=True, exist_ok=True)
+            self._files.prepare(path / folder for folder in _FOLDERS)
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "model": facts.to_json(),
+                "model": self._facts.to_json(),
             }
             # Two engines may start at once: the first one's manifest stays, the other compares.
-            write_json(path / "manifest.json", manifest, replace=False)
-        there, here = (
-            each.to_json() | {"weights": each.weights} for each in (read_manifest(path), facts)
-        )
+            self._files.put_json(path / "manifest.json", manifest, replace=False)
+        self._match()
+        return there
+
+    def _match(self) -> None:
+        file = self.path / "manifest.json"
+        found = _parse_manifest(self.path, lambda: self._files.get_text(file))
+        there, here = (each.to_json() | {"weights": each.weights} for each in (found, self._facts))
         # Another vLLM or another folder of the same model may go on in the same store.
         differ = [key for key in here if key not in ("engine", "model") and there[key] != here[key]]
         if differ:
             what = ", ".join(f"{key} {there[key]!r} there, {here[key]!r} here" for key in differ)
             raise StoreError(
-                f"{path} holds traces of another model ({there['model']}: {what}); "
+                f"{self.path} holds traces of another model ({there['model']}: {what}); "
                 "name another store."
             )
 
     def _write(self, folder: str, name: str, table: pa.Table) -> int:
-        final, aside = self.path / folder / name, self.path / folder / f".{name}"
         schema = self._schemas[folder]
-        options = TOKENS_OPTIONS if folder == "tokens" else {}
-        with aside.open("wb") as sink:
-            pq.write_table(
-                table.cast(schema) if table.schema != schema else table,
-                sink,
-                compression="zstd",
-                compression_level=1,
-                **options,
-            )
-            sink.flush()
-            os.fsync(sink.fileno())
-            size = sink.tell()
-        aside.rename(final)
-        _sync_folder(final.parent)
-        return size
+        if table.schema != schema:
+            table = table.cast(schema)
+        options = _OPTIONS | (TOKENS_OPTIONS if folder == "tokens" else {})
+        return self._files.put_table(self.path / folder / name, table, options)
 
     def _save_counters(self) -> None:
-        file = self.path / "writers" / f"{self.counters.writer}.json"
-        write_json(file, self.counters.to_json())
+        self._files.put_json(self._counters_file, self.counters.to_json())
 
 
+_OPTIONS: dict[str, Any] = {"compression": "zstd", "compression_level": 1}
 # Chosen by measuring on real routing (docs/experiments.md).
 TOKENS_OPTIONS: dict[str, Any] = {
     "row_group_size": 16_384,  # small enough to be encoded within the processor's cache
@@ -273,34 +347,6 @@ TOKENS_OPTIONS: dict[str, Any] = {
     },
     "write_statistics": ["request_id", "position"],
 }
-
-
-def write_json(file: Path, data: dict[str, Any], *, replace: bool = True) -> None:
-    """Write a JSON file whole; without `replace` an existing file is left as it is."""
-    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-    with aside.open("w") as sink:
-        json.dump(data, sink, indent=1)
-        sink.write("\n")
-        sink.flush()
-        os.fsync(sink.fileno())
-    if replace:
-        aside.rename(file)
-    else:
-        try:
-            os.link(aside, file)
-        except FileExistsError:
-            pass
-        finally:
-            aside.unlink()
-    _sync_folder(file.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _mend(path: Path) -> None:

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from moescope.tracer import errors
 from moescope.tracer import mask as masks
 from moescope.tracer.errors import InputError, MoescopeError, TracerError, UnsupportedModelError
 from moescope.tracer.format import ModelFacts
+from moescope.tracer.object_path import Where
 from moescope.tracer.recorder import Recorder
 from moescope.tracer.request import TraceRequest
 from moescope.tracer.settings import Settings, load_settings
@@ -136,7 +136,7 @@ class WorkerTracer:
             self.steering.route_alone(self._first + layer, logits, padding, room)
         return room
 
-    def attach(self, store: Path | None, settings: Settings) -> None:
+    def attach(self, store: Where | None, settings: Settings) -> None:
         """Trace into `store`, if this worker is one that records (`Place`)."""
         recorder, _ = self.demand()
         place = self._place
@@ -180,6 +180,7 @@ def joined(answers: list[dict[str, Any]]) -> dict[str, Any]:
         "live": max(answer["live"] for answer in answers),
         "steered": max(answer["steered"] for answer in answers),
         "dropped_rows": sum(answer["dropped_rows"] for answer in answers),
+        "rings": [answer["ring"] for answer in answers if answer.get("ring")],
         "silence": next((a["silence"] for a in answers if a["silence"]), None),
     }
 
@@ -208,7 +209,7 @@ def moescope_start(self: Any, store: str | None, settings: dict[str, Any]) -> di
             "this engine is tracing already: leave the other `with trace(...)` first, or unset "
             "MOESCOPE_STORE"
         )
-    tracer.attach(None if store is None else Path(store), load_settings(**settings))
+    tracer.attach(store, load_settings(**settings))
     return tracer.facts.to_json()
 
 
@@ -279,6 +280,7 @@ def _status(worker: Any) -> dict[str, Any]:
         "slots": slots,
         "steered": steering.num_requests,
         "global": steering.global_key,
+        "ring": recorder.sink.where if isinstance(recorder.sink, RingSink) else None,
         **recorder.status(),
     }
 

@@ -16,7 +16,6 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,20 +25,29 @@ from moescope.tracer.assemble import Assembler, Traced
 from moescope.tracer.detached import has_ended
 from moescope.tracer.format import ModelFacts, MoeShape, Stage
 from moescope.tracer.ring import (
+    BEGUN,
+    BYTES,
     CLOSED,
     DROPPED_REQUESTS,
     DROPPED_ROWS,
+    FILES,
     FINISHED,
+    LOOKED_AT,
+    LOST_ROWS,
+    ROWS,
     RUNNING,
+    SETTLED,
     STATE,
     SYNC_ASKED,
     SYNC_DONE,
     TAIL,
+    WAITING_SINCE,
+    WRITER,
     Ring,
     Rows,
 )
 from moescope.tracer.settings import Settings
-from moescope.tracer.store import StoreWriter
+from moescope.tracer.store import StoreWriter, WriterCounters
 
 # Waking up costs the engine a moment of its cores; the ring has room for many steps.
 _IDLE_SLEEP_S, _BUSY_SLEEP_S = 0.02, 0.01
@@ -102,12 +110,34 @@ class Writer:
 
     def __init__(self, ring: Ring, store: StoreWriter, shape: MoeShape, settings: Settings):
         self.ring, self.store, self.settings = ring, store, settings
-        self.assembler = Assembler(shape, memory_bytes=settings.writer_mib << 20, spill=store.path)
+        memory_bytes = settings.writer_mib << 20
+        self.assembler = Assembler(shape, memory_bytes=memory_bytes, spill=store.scratch)
         self._drafts = Drafts()
         # Rows taken out of the ring so far. Not HEAD: the engine may have written some by now.
         self._taken = ring.word(TAIL)
-        self._pending: deque[dict[str, Any]] = deque()  # messages behind rows still in the ring
+        # Messages behind rows still in the ring, with their places among the messages.
+        self._pending: deque[tuple[int, dict[str, Any]]] = deque()
         self._committed_at = time.monotonic()
+        self._earlier: list[WriterCounters] = []
+        self._name, self._begun = "", 0
+
+    def take_over(self, name: str, earlier: list[WriterCounters], mask: str | None) -> None:
+        """Go on where another writer of this engine died; `mask` was in force globally there.
+
+        What that one had taken and not put on disk is lost, and is counted in its name: its rows
+        here, and its requests when the engine has said which of them run on.
+        """
+        ring, self._earlier, self._name = self.ring, earlier, name
+        on_disk = sum(each.rows for each in earlier)
+        # A file that was finished just before the end may not have been reported.
+        lost = ring.word(TAIL) - ring.word(SETTLED) - (on_disk - ring.word(ROWS))
+        earlier[-1].dropped_rows += lost
+        self.store.amend(earlier[-1])
+        ring.set_word(LOST_ROWS, ring.word(LOST_ROWS) + lost)
+        ring.set_word(SETTLED, ring.word(TAIL))
+        self._report_files()
+        if mask is not None:
+            self.assembler.mask_changes(mask)
 
     def run(self, engine: int) -> None:
         """Work until the engine closes the ring or is gone; `engine`: its `os.pidfd_open`."""
@@ -116,6 +146,7 @@ class Writer:
             ended = self.ring.word(CLOSED) or has_ended(engine)
             asked = self.ring.word(SYNC_ASKED)
             moved = self.drain()
+            self._report()
             if moved == _BITE_ROWS:
                 if self._due():
                     self.commit()
@@ -131,12 +162,16 @@ class Writer:
 
     def drain(self) -> int:
         """Take messages and at most `_BITE_ROWS` rows out of the ring; returns the rows."""
+        self.ring.set_word(LOOKED_AT, time.monotonic_ns())
         blocks = self.ring.available()  # first: what begins these rows' requests is then there too
-        for message in self.ring.receive():
+        for place, message in self.ring.receive():
             if message["op"] == "begin":
                 self._begin(message)
+            elif message["op"] == "resume":
+                if message["writer"] == self._name:  # and not one that died while it started
+                    self._resume(message["requests"])
             else:
-                self._pending.append(message)
+                self._pending.append((place, message))
         moved = 0
         for block in blocks:
             bite = block[: _BITE_ROWS - moved]
@@ -144,14 +179,26 @@ class Writer:
             self.ring.release(len(bite))
             moved += len(bite)
         self._apply()
+        self.ring.forget(self._pending[0][0] if self._pending else None)
         return moved
 
     def _begin(self, message: dict[str, Any]) -> None:
         speculation = message.pop("speculation", None)
         traced = Traced(**{k: v for k, v in message.items() if k != "op"})
+        if self.assembler.is_open(traced.request):
+            return  # said again, in case that an earlier writer took the first message with it
         self.assembler.begin(traced)
+        self._begun += 1
+        self.ring.set_word(BEGUN, max(self.ring.word(BEGUN), traced.request))
         if speculation is not None:
             self._drafts.begin(traced, *speculation)
+
+    def _resume(self, requests: int) -> None:
+        """Of so many requests that the engine has begun, count those that no writer knows of."""
+        known = self._begun + sum(e.requests + e.unfinished_requests for e in self._earlier)
+        last = self._earlier[-1]
+        last.unfinished_requests += max(0, requests - known)
+        self.store.amend(last)
 
     def _add(self, rows: Rows) -> None:
         """Add rows, applying each message behind the last row that came before it."""
@@ -160,16 +207,20 @@ class Writer:
             self._apply()
             until = len(rows)
             if self._pending:
-                until = min(until, done + self._pending[0]["rows_before"] - self._taken)
+                until = min(until, done + self._pending[0][1]["rows_before"] - self._taken)
             self.assembler.add(self._drafts.leave_out(rows[done:until]))
             self._taken += until - done
             done = until
 
     def _apply(self) -> None:
-        while self._pending and self._pending[0]["rows_before"] <= self._taken:
-            message = self._pending.popleft()
+        while self._pending and self._pending[0][1]["rows_before"] <= self._taken:
+            _, message = self._pending.popleft()
             if message["op"] == "mask":
                 self.assembler.mask_changes(message["mask"])
+            elif not self.assembler.is_open(message["request"]):
+                # It began with a writer that died, and is counted there.
+                lost = self.assembler.give_up(message["request"])
+                self.ring.set_word(LOST_ROWS, self.ring.word(LOST_ROWS) + lost)
             else:
                 self._drafts.finish(message["request"])
                 self.assembler.finish(message["request"], message["lost_rows"])
@@ -179,13 +230,13 @@ class Writer:
 
         A request whose last rows were on their way is incomplete; one that ran is not written.
         """
-        for message in self._pending:
-            if message["op"] == "finish":
+        for _, message in self._pending:
+            if message["op"] == "finish" and self.assembler.is_open(message["request"]):
                 missing = message["rows_before"] - self._taken
                 self._drafts.finish(message["request"])
                 self.assembler.finish(message["request"], message["lost_rows"] + missing)
         if self._pending:
-            missing = self._pending[-1]["rows_before"] - self._taken
+            missing = self._pending[-1][1]["rows_before"] - self._taken
             self.ring.set_word(DROPPED_ROWS, self.ring.word(DROPPED_ROWS) + missing)
             self._pending.clear()
         self.store.save_unfinished(self.assembler.num_open)
@@ -196,7 +247,25 @@ class Writer:
         tables = self.assembler.take()
         if tables is not None:
             self.store.commit(*tables)
-        self.store.save_dropped(self.ring.word(DROPPED_ROWS), self.ring.word(DROPPED_REQUESTS))
+            self._report_files()
+            self._report()
+        self.ring.set_word(SETTLED, self._taken - self.assembler.num_rows)
+        # The engine's numbers are of all its writers.
+        rows, requests = self.ring.word(DROPPED_ROWS), self.ring.word(DROPPED_REQUESTS)
+        for each in self._earlier:
+            rows, requests = rows - each.dropped_rows, requests - each.dropped_requests
+        self.store.save_dropped(rows + self.ring.word(LOST_ROWS), requests)
+
+    def _report_files(self) -> None:
+        """Say in the ring what all writers of this engine have put on disk."""
+        writers = [*self._earlier, self.store.counters]
+        for word, name in ((FILES, "files"), (ROWS, "rows"), (BYTES, "bytes")):
+            self.ring.set_word(word, sum(getattr(each, name) for each in writers))
+
+    def _report(self) -> None:
+        """Say in the ring since when finished requests have waited, for those who watch it."""
+        waiting = self._committed_at if self.assembler.num_finished else 0
+        self.ring.set_word(WAITING_SINCE, int(waiting * 1e9))
 
     def _due(self) -> bool:
         if not self.assembler.num_finished:
@@ -229,9 +298,14 @@ def main(argument: str) -> None:
         **{name: given["settings"][name] for name in ("writer_mib", "file_rows", "flush_seconds")}
     )
     try:
-        with StoreWriter(Path(given["store"]), facts, stage=stage) as store:
+        ring.set_word(WRITER, os.getpid())
+        with StoreWriter(given["store"], facts, writer=given["writer"], stage=stage) as store:
+            writer = Writer(ring, store, shape, settings)
+            if given["earlier"]:
+                earlier = store.earlier(given["earlier"])
+                writer.take_over(given["writer"], earlier, given["mask"])
             ring.set_word(STATE, RUNNING)
-            Writer(ring, store, shape, settings).run(given["engine"])
+            writer.run(given["engine"])
         ring.set_word(STATE, FINISHED)
     except Exception as error:
         ring.fail(f"{type(error).__name__}: {error}")

@@ -78,12 +78,18 @@ def test_messages_wrap_around_and_are_refused_when_full(ring):
     message = {"op": "begin", "text": "é" * 10}
     for _ in range(30):  # 30 messages in room for about 3: the bytes wrap many times
         assert ring.send(message)
-        assert ring.receive() == [message]
+        [(_, received)] = ring.receive()
+        assert received == message
+        ring.forget()
     sent = 0
     while ring.send(message):
         sent += 1
     assert 0 < sent < 10
-    assert ring.receive() == [message] * sent
+    received = ring.receive()
+    assert [message for _, message in received] == [message] * sent
+    assert ring.receive() == []
+    assert not ring.send(message)  # another writer would want to know of them, if this one died
+    ring.forget(received[1][0])
     assert ring.send(message)
 
 

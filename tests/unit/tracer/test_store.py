@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -186,3 +187,57 @@ def test_one_that_has_all_layers_says_nothing_of_them(tmp_path, facts):
     StoreWriter(tmp_path, facts, writer="w").close()
     assert "layers" not in json.loads((tmp_path / "writers" / "w.json").read_text())
     assert stage_of("w-000001.parquet") == stage_of("p1of-w") == (1, 1)
+
+
+def in_a_small_tmpfs(disk, *command):
+    """Run a command with a disk of one MiB, mounted where only that process sees it."""
+    mount = 'mount -t tmpfs -o size=1m small "$0" && exec "$@"'
+    apart = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    if subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    return subprocess.run(
+        [*apart, "sh", "-c", mount, disk, *command], capture_output=True, text=True
+    )
+
+
+def test_a_full_disk_is_waited_for(tmp_path, facts, tables):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "given").write_bytes(pickle.dumps((facts, tables(*range(40)))))
+    code = """
+        import pickle, sys, threading, time
+        from pathlib import Path
+        from moescope.tracer.store import StoreWriter, committed_files, read_writers
+
+        disk, (facts, tables) = Path(sys.argv[2]), pickle.load(open(sys.argv[1], "rb"))
+        store = StoreWriter(disk / "s", facts, writer="w")
+        ballast = (disk / "ballast").open("wb", buffering=0)
+        try:
+            while True:
+                ballast.write(bytes(4096))
+        except OSError:
+            pass
+        timer = threading.Timer(2.0, (disk / "ballast").unlink)
+        timer.start()
+        ballast.close()
+        store.commit(*tables)
+        assert not timer.is_alive()
+        store.close()
+        [counters] = read_writers(disk / "s")
+        assert (counters.files, counters.rows) == (1, 200), counters
+        assert len(committed_files(disk / "s")[0]) == 1
+        impatient = StoreWriter(disk / "s", facts, writer="x", patience_s=0)
+        with (disk / "ballast").open("wb", buffering=0) as ballast:
+            try:
+                while True:
+                    ballast.write(bytes(4096))
+            except OSError:
+                pass
+        impatient.commit(*tables)
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+    disk = str(tmp_path / "disk")
+    done = in_a_small_tmpfs(disk, sys.executable, str(script), str(tmp_path / "given"), disk)
+    assert "there is no room for" in done.stderr
+    assert "Trying again for" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("moescope.tracer.errors.StoreError: could not")

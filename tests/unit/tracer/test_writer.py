@@ -297,3 +297,103 @@ def test_a_pipeline_stage_passes_its_layers_through_the_ring(tmp_path, facts, sh
     [file] = committed_files(tmp_path)[0]
     assert file.name.startswith("p1of2-")
     assert pq.read_table(file)["expert_ids"].to_pylist() == rows.experts.tolist()
+
+
+def kill_writer(sink):
+    """SIGKILL to the writer process, and wait for its end."""
+    sink._process.kill()
+    sink._process.wait()
+
+
+def test_a_serving_engine_starts_another_writer(tmp_path, facts, make_rows):
+    """What the dead one had on disk stays, what lay in the ring comes, the rest is counted."""
+    sink = RingSink(tmp_path, facts, Settings(policy="drop"))
+    messages = [f"r{number}" for number in range(6)]
+    for number in range(1, 6):
+        assert begin(sink, number)
+    sink.write(make_rows(1, range(6)))
+    finish(sink, 1)
+    sink.sync()
+    # Of request 2 the first rows are taken and not on disk; of 3 all are, finished but not written.
+    sink.write(make_rows(2, range(4)))
+    sink.write(make_rows(3, range(7)))
+    while sink.ring.word(TAIL) < 17:
+        time.sleep(0.01)
+    kill_writer(sink)
+    assert sink.has_stopped
+    finish(sink, 3)
+    sink.write(make_rows(2, range(4, 9)))
+    sink.write(make_rows(4, range(5)))  # all in the ring, but its begin went with the writer
+    finish(sink, 4)
+    begin(sink, 6)
+    sink.write(make_rows(6, range(8)))  # all in the ring, its begin too
+    finish(sink, 6)
+    live = [{"op": "begin", "request": n, "request_id": messages[n], "run": "test",
+             "prompt_tokens": 4} for n in (2, 5)]  # fmt: skip
+    assert sink.resume(live, 6)
+    sink.write(make_rows(5, range(5)))
+    finish(sink, 2)
+    finish(sink, 5)
+    sink.close()
+    rows, complete = stored(tmp_path)
+    assert complete == {"r1": True, "r2": False, "r5": True, "r6": True}
+    assert rows["r2"] == [2000 + i for i in range(4, 9)]
+    assert rows["r6"] == [6000 + i for i in range(8)]
+    first, second = sorted(read_writers(tmp_path), key=lambda each: each.state, reverse=True)
+    assert (first.state, second.state) == ("killed", "closed")
+    assert (first.rows, first.dropped_rows, first.unfinished_requests) == (6, 11, 2)
+    assert (second.rows, second.dropped_rows, second.unfinished_requests) == (18, 5, 0)
+
+
+def test_every_row_is_stored_or_counted_however_often_writers_die(tmp_path, facts, make_rows):
+    """Requests come and go meanwhile, and the global mask changes."""
+    sink = RingSink(tmp_path, facts, Settings(policy="drop", flush_seconds=0.05, file_rows=200))
+    rng, live, written, masks = np.random.default_rng(0), {}, {}, {}
+    begins, number, deaths, mask = {}, 0, 0, None
+    for step in range(600):
+        if step % 60 == 59:
+            mask = f"m{step}@1"
+            sink.send({"op": "mask", "mask": mask})
+        while len(live) < 5:
+            number += 1
+            assert begin(sink, number)
+            begins[number] = {"op": "begin", "request": number, "request_id": f"r{number}"}
+            begins[number] |= {"run": "test", "prompt_tokens": 4}
+            live[number] = written[number] = 0
+        for request in list(live):
+            count = int(rng.integers(1, 5))
+            assert sink.write(make_rows(request, range(live[request], live[request] + count)))
+            masks |= {
+                1000 * request + at: mask for at in range(live[request], live[request] + count)
+            }
+            live[request] += count
+            if rng.random() < 0.1:
+                written[request] = live.pop(request)
+                finish(sink, request)
+        time.sleep(0.002)
+        if step % 97 == 50:
+            kill_writer(sink)
+        if sink.wants_another:
+            deaths += 1
+            assert sink.resume([begins[request] for request in live], number)
+    for request in list(live):
+        written[request] = live.pop(request)
+        finish(sink, request)
+    if sink.has_stopped:
+        assert sink.resume([], number)
+    sink.close()
+    rows, complete = stored(tmp_path)
+    writers = read_writers(tmp_path)
+    assert deaths >= 1
+    assert [each.state for each in writers].count("closed") == 1
+    total = sum(written.values())
+    assert sum(each.rows + each.dropped_rows for each in writers) == total
+    lost = sum(each.unfinished_requests for each in writers)
+    assert len(rows) + lost == number
+    assert sum(complete.values()) > 0
+    for request, whole in complete.items():
+        if whole:
+            assert len(rows[request]) == written[int(request[1:])]
+    for file in committed_files(tmp_path)[0]:
+        for row in pq.read_table(file, columns=["token_id", "mask"]).to_pylist():
+            assert row["mask"] == masks[row["token_id"]]
