@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from moescope.clients.cli_analysis import register_analysis, store_app
 from moescope.clients.cli_data import data_app, specimen_app
+from moescope.clients.cli_doctor import register_doctor
 from moescope.clients.cli_eval import eval_app
 from moescope.clients.cli_import import export_app, import_app
 from moescope.clients.cli_items import register_items
@@ -45,6 +46,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(import_app, name="import")
 app.add_typer(export_app, name="export")
 app.add_typer(specimen_app, name="specimen")
+register_doctor(app)
 
 
 def main() -> None:

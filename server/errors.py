@@ -10,6 +10,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from moescope.server.logs import note
 from moescope.tracer.errors import (
     InputError,
     MoescopeError,
@@ -49,23 +50,26 @@ class Refusal(BaseModel):
 
 
 # The first class that fits decides: SignatureError is an InputError too.
-_KINDS: list[tuple[type[MoescopeError], int, str]] = [
-    (AuthError, 401, "AuthenticationError"),
-    (UnknownError, 404, "NotFoundError"),
-    (SignatureError, 409, "ConflictError"),
-    (ConflictError, 409, "ConflictError"),
-    (InputError, 422, "UnprocessableEntityError"),
-    (SlotsFullError, 429, "RateLimitError"),
-    (MoescopeError, 503, "ServiceUnavailableError"),
+_KINDS: list[tuple[type[MoescopeError], int, str, str]] = [
+    (AuthError, 401, "AuthenticationError", "unauthorized"),
+    (UnknownError, 404, "NotFoundError", "unknown"),
+    (SignatureError, 409, "ConflictError", "other_model"),
+    (ConflictError, 409, "ConflictError", "conflict"),
+    (InputError, 422, "UnprocessableEntityError", "invalid"),
+    (SlotsFullError, 429, "RateLimitError", "no_slot"),
+    (MoescopeError, 503, "ServiceUnavailableError", "unavailable"),
 ]
+BY_VLLM = "vllm"  # vLLM itself refused the request
+REASONS = (*(reason for *_, reason in _KINDS), BY_VLLM)
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(RETRY_AFTER_S)}}
 
 
 def refusal(error: MoescopeError) -> JSONResponse:
-    """The answer to a request that failed with `error`."""
-    _, code, name = next(kind for kind in _KINDS if isinstance(error, kind[0]))
+    """The answer to a request that failed with `error`; its log line says why."""
+    _, code, name, reason = next(kind for kind in _KINDS if isinstance(error, kind[0]))
     # Messages quote what was sent, and JSON can hold halves of characters that no answer can.
     message = str(error).encode("utf-8", "replace").decode("utf-8")
+    note(reason=reason, detail=message)
     body = Refusal(error=Problem(message=message, type=name, code=code))
     return JSONResponse(body.model_dump(), code, headers=_HEADERS.get(code))
 

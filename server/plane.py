@@ -5,19 +5,22 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
+from moescope.server.audit import split_key
 from moescope.server.auth import Gate
 from moescope.server.engine import Engine
 from moescope.server.errors import ConflictError, UnknownError
 from moescope.server.leases import Leases
+from moescope.server.logs import log_change
+from moescope.server.metrics import Counts
 from moescope.server.registry import Registry, StoredMask
 from moescope.server.wishes import check_run
 from moescope.tracer.errors import InputError, MoescopeError, StoreError
 from moescope.tracer.format import ModelFacts
 from moescope.tracer.mask import ComposeError, Mask, RouterSpec, check_mask, mask_in_force
 from moescope.tracer.mask_format import NO_MASK
+from moescope.tracer.object_path import Where
 
 logger = logging.getLogger("moescope")
 
@@ -39,7 +42,7 @@ class Plane:
         registry: Registry,
         gate: Gate,
         *,
-        store: Path | None,
+        store: Where | None,
         traces_by_default: bool,
     ) -> None:
         self.engine, self.registry, self.gate = engine, registry, gate
@@ -49,6 +52,7 @@ class Plane:
         self.leases = Leases(engine, status["num_slots"])
         self.composes: bool = status["composes"]  # own masks are in force with the global one
         self.started: str | None = None  # the run that takes requests which name none
+        self.counts = Counts()
         self._changes = asyncio.Lock()
         self._fitting: set[str] = set()  # keys of masks that were checked: versions never change
 
@@ -83,12 +87,18 @@ class Plane:
         """Add a version; see `Registry.put`."""
         self.check(mask)
         async with self._changes:
-            return await asyncio.to_thread(self.registry.put, mask, who)
+            stored, created = await asyncio.to_thread(self.registry.put, mask, who)
+        if created:
+            log_change("mask put", mask=stored.key, who=who)
+        return stored, created
 
     async def delete(self, name: str, who: str) -> str:
         """Delete a name; requests that run under it keep their slot."""
         async with self._changes:
-            return await asyncio.to_thread(self.registry.delete, name, who)
+            key = await asyncio.to_thread(self.registry.delete, name, who)
+        self.counts.forget(lambda key: self.registry.state.has(*split_key(key)))
+        log_change("mask deleted", mask=key, who=who)
+        return key
 
     async def steer(self, text: str | None, who: str) -> str | None:
         """Change the global mask to this one, or to none; returns its key.
@@ -114,6 +124,7 @@ class Plane:
                     old = None if before is None else self.registry.resolve(before).mask
                     await self.engine.set_global(before, old)
                     raise
+            log_change("global mask set", mask=key, before=before, who=who)
             return key
 
     async def _set_global(self, key: str | None, mask: Mask | None) -> None:
@@ -151,7 +162,7 @@ class Plane:
 
     # Runs.
 
-    def demand_store(self) -> Path:
+    def demand_store(self) -> Where:
         """The trace store; ConflictError if the server has none."""
         if self.store is None:
             raise ConflictError("this server has no trace store: start it with --store DIR")
@@ -164,6 +175,7 @@ class Plane:
         if self.started not in (None, run):
             raise ConflictError(f"the run {self.started} is started: stop it first")
         self.started = run
+        log_change("run started", run=run)
 
     async def stop(self, run: str) -> dict[str, Any]:
         """End that, and put finished requests on disk; returns the tracer's status."""
@@ -171,6 +183,7 @@ class Plane:
         if self.started != run:
             raise UnknownError(f"the run {run} is not started")
         self.started = None
+        log_change("run stopped", run=run)
         deadline = time.monotonic() + _SETTLE_TIMEOUT_S
         while True:
             # Requests that have ended are told to the workers with the step after.

@@ -16,12 +16,14 @@ from starlette.datastructures import State
 
 from moescope.server.auth import Gate, check_exposure
 from moescope.server.engine import VllmEngine
+from moescope.server.logs import show_logs
+from moescope.server.metrics import serve_metrics
 from moescope.server.middleware import SteeringMiddleware
 from moescope.server.plane import Plane
 from moescope.server.registry import Registry
 from moescope.server.routes import router
 from moescope.server.settings import server_settings
-from moescope.tracer.errors import InputError, TracerError
+from moescope.tracer.errors import InputError, MoescopeError, TracerError
 from moescope.tracer.mask import make_mask
 from moescope.tracer.settings import load_settings
 
@@ -29,7 +31,7 @@ logger = logging.getLogger("moescope")
 
 
 class ControlPlane:
-    """vLLM's protocol of an endpoint plugin. Without a folder of masks it does nothing."""
+    """vLLM's protocol of an endpoint plugin. Without a folder of masks there are only metrics."""
 
     name = "moescope"
     required_tasks = None  # always there, so that a model without routing is refused, not passed
@@ -48,6 +50,8 @@ class ControlPlane:
             return
         args = app.state.args
         check_arguments(args, self._key)
+        show_logs(self._settings.log_format)
+        args.enable_request_id_headers = False  # ours, so that log lines have the same ids
         api_keys = [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
         if api_keys and self._key is not None:
             # vLLM asks for an API key on every path under /v1: the admin key must pass there too.
@@ -58,6 +62,8 @@ class ControlPlane:
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:  # noqa: ARG002
         """Check that the engine can be steered and traced, and restore what was in force."""
         if self._settings.masks is None:
+            if engine_client is not None:
+                await _serve_metrics_alone(VllmEngine(engine_client))
             return
         if engine_client is None:
             raise InputError("a server without an engine can't be steered")
@@ -65,6 +71,14 @@ class ControlPlane:
             VllmEngine(engine_client), self._settings.masks, self._key
         )
         logger.info("the control plane is ready, with masks in %s", self._settings.masks)
+
+
+async def _serve_metrics_alone(engine: VllmEngine) -> None:
+    """The tracer's metrics, for a server without a control plane, which must start in any case."""
+    try:
+        serve_metrics(await engine.status(), None)
+    except MoescopeError as error:
+        logger.warning("/metrics has nothing of moescope: %s", error)
 
 
 def check_arguments(args: Namespace, admin_key: str | None) -> None:
@@ -110,4 +124,5 @@ async def open_plane(engine: VllmEngine, masks: Path, admin_key: str | None) -> 
     plane.check(make_mask(name="probe", entries=[]))
     engine.publish({})
     await plane.restore()
+    serve_metrics(status, plane)
     return plane

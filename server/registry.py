@@ -13,10 +13,11 @@ crash comes between, the next start finds the difference and logs it.
 import fcntl
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from moescope.server.audit import AuditLog, State, replay
 from moescope.server.errors import ConflictError, UnknownError
@@ -41,6 +42,14 @@ class StoredMask:
     def key(self) -> str:
         """How requests, traces and the audit log name it."""
         return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryCopy:
+    """A registry in plain values, that can be sent to another machine."""
+
+    state: State
+    masks: dict[tuple[str, int], dict[str, Any]]
 
 
 class Registry:
@@ -82,22 +91,31 @@ class Registry:
 
     def get(self, name: str, version: int | None = None) -> StoredMask:
         """A mask, in its last version if none is said; UnknownError if it isn't there."""
-        if self.state.current(name) is None:
-            raise UnknownError(f"there is no mask {name}: GET /v1/masks lists those there are")
-        number = self.state.latest[name] if version is None else version
+        number = find_version(self.state, name, version)
         mask = self._masks.get((name, number))
-        if mask is None or not self.state.has(name, number):
-            there = ", ".join(map(str, self.versions(name)))
-            raise UnknownError(f"mask {name} has no version {number}, only {there}")
+        if mask is None:
+            raise _no_version(name, number, self.versions(name))
         return StoredMask(name, number, mask)
 
     def resolve(self, text: str) -> StoredMask:
         """The mask that "NAME" or "NAME@VERSION" means; InputError if it is neither."""
-        parts = _KEY.fullmatch(text)
-        if parts is None:
-            raise InputError(f"{text!r} names no mask: use NAME or NAME@VERSION (a number from 1)")
-        version = parts["version"]
-        return self.get(check_name(parts["name"]), None if version is None else int(version))
+        return self.get(*read_key(text))
+
+    def content(self, name: str, version: int) -> Mask:
+        """A version as it was put, also of a name that was deleted; StoreError if its file is gone.
+
+        What requests still run under, and what a copy of the registry needs to have.
+        """
+        mask = self._masks.get((name, version))
+        if mask is None:
+            raise StoreError(
+                f"{self._folder / name / f'{version}.json'} is gone: restore it from a backup"
+            )
+        return mask
+
+    def copy(self) -> "RegistryCopy":
+        """All of it, for `write_copy`."""
+        return RegistryCopy(self.state, {key: _as_json(mask) for key, mask in self._masks.items()})
 
     def put(self, mask: Mask, who: str) -> tuple[StoredMask, bool]:
         """Add a version, unless the last one is the same; returns it, and whether it is new."""
@@ -114,8 +132,7 @@ class Registry:
         with _writing(self._folder):
             folder = self._folder / name
             folder.mkdir(exist_ok=True)
-            data = mask.model_dump(mode="json", exclude_none=True)
-            write_json(folder / f"{version}.json", data, replace=False)
+            write_json(folder / f"{version}.json", _as_json(mask), replace=False)
             self._audit.append(who, "put", name, before, stored.key)
         self._masks[name, version] = mask
         self.state = self.state.put(name, version)
@@ -152,8 +169,7 @@ class Registry:
         self.state = state
 
     def _save(self, state: State) -> None:
-        data = {"steering": state.steering, "deleted": state.deleted}
-        write_json(self._folder / "state.json", data)
+        _write_state(self._folder, state)
 
     def _recover(self) -> State:
         """The state that the files show; where the log says otherwise, it is told so."""
@@ -179,6 +195,56 @@ class Registry:
                 self._save(state)
                 self._audit.append("recovery", "recover", None, logged, state)
         return state
+
+
+def read_key(text: str) -> tuple[str, int | None]:
+    """("calm", 2) of "calm@2" and ("calm", None) of "calm"; InputError if it is neither."""
+    parts = _KEY.fullmatch(text)
+    if parts is None:
+        raise InputError(f"{text!r} names no mask: use NAME or NAME@VERSION (a number from 1)")
+    version = parts["version"]
+    return check_name(parts["name"]), None if version is None else int(version)
+
+
+def find_version(state: State, name: str, version: int | None) -> int:
+    """The version that is meant, the last one if none is said; UnknownError if it isn't there."""
+    if state.current(name) is None:
+        raise UnknownError(f"there is no mask {name}: GET /v1/masks lists those there are")
+    last = state.latest[name]
+    number = last if version is None else version
+    if not state.has(name, number):
+        raise _no_version(name, number, range(state.deleted.get(name, 0) + 1, last + 1))
+    return number
+
+
+def resolve_key(state: State, text: str) -> str:
+    """The key that "NAME" or "NAME@VERSION" means; InputError or UnknownError if there is none."""
+    name, version = read_key(text)
+    return f"{name}@{find_version(state, name, version)}"
+
+
+def write_copy(folder: Path, copy: RegistryCopy) -> None:
+    """Make a folder of masks that a `Registry` opens as the same masks, versions and state."""
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for (name, version), data in copy.masks.items():
+            (folder / name).mkdir(exist_ok=True)
+            write_json(folder / name / f"{version}.json", data)
+        _write_state(folder, copy.state)
+        # So that it knows the numbers of versions whose files are gone.
+        AuditLog(folder / "audit.jsonl").append("copy", "recover", None, State(), copy.state)
+
+
+def _as_json(mask: Mask) -> dict[str, Any]:
+    return mask.model_dump(mode="json", exclude_none=True)
+
+
+def _write_state(folder: Path, state: State) -> None:
+    write_json(folder / "state.json", {"steering": state.steering, "deleted": state.deleted})
+
+
+def _no_version(name: str, version: int, there: Iterable[int]) -> UnknownError:
+    return UnknownError(f"mask {name} has no version {version}, only {', '.join(map(str, there))}")
 
 
 def _read_masks(folder: Path) -> dict[tuple[str, int], Mask]:

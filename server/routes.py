@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from moescope.analysis.info import store_info
 from moescope.server.errors import Refusal, invalid, refusal
+from moescope.server.logs import note
 from moescope.server.models import (
     MASK_EXAMPLES,
     GlobalMask,
@@ -44,6 +45,7 @@ class ControlRoute(APIRoute):
             plane: Plane = request.app.state.moescope
             try:
                 request.state.who = plane.gate.admit(request)
+                note(who=request.state.who)
                 return await serve(request)
             except RequestValidationError as error:
                 return refusal(invalid(error.errors()))

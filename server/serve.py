@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from moescope.server.settings import ServerSettings, give_settings, load_server_settings
 from moescope.tracer.errors import InputError, MoescopeError
+from moescope.tracer.object_path import Where, store_path
 from moescope.tracer.settings import load_settings
 
 PLUGIN = "moescope"
@@ -26,7 +27,7 @@ def serve(
     options: Sequence[str] = (),
     *,
     masks: Path,
-    store: Path | None = None,
+    store: Where | None = None,
     admin_key: str | None = None,
     slots: int | None = None,
     own_mask: str | None = None,
@@ -58,14 +59,14 @@ def serve(
 def prepare_environment(
     environment: "os._Environ[str] | dict[str, str]",
     *,
-    store: Path | None,
+    store: Where | None,
     slots: int | None,
     own_mask: str | None = None,
 ) -> None:
     """Set what vLLM's processes read when they start, and take the admin key out of it."""
     environment.pop(_ADMIN_KEY, None)
     if store is not None:
-        environment["MOESCOPE_STORE"] = str(store.absolute())
+        environment["MOESCOPE_STORE"] = str(store_path(store).absolute())
     if slots is not None:
         environment["MOESCOPE_SLOTS"] = str(slots)
     if own_mask is not None:

@@ -1,10 +1,11 @@
 """The control plane's settings, from `moescope serve` or from the environment.
 
 The tracer's own settings (MOESCOPE_STORE, MOESCOPE_SLOTS, ...) stand in moescope.tracer.settings,
-since every process of the engine reads them; these two are for the API server's process alone.
+since every process of the engine reads them; these are for the API server's process alone.
 """
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -22,6 +23,9 @@ class ServerSettings(BaseSettings):
     )
     admin_key: SecretStr | None = Field(
         None, description="The key that control-plane routes ask for."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Log lines of requests and changes for people, or as JSON objects."
     )
 
     @field_validator("admin_key")
@@ -60,4 +64,4 @@ def load_server_settings(**given: object) -> ServerSettings:
             f"{'.'.join(map(str, item['loc']))} {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors()
         )
-        raise InputError(f"bad setting: {problems} (docs/server.md lists them)") from None
+        raise InputError(f"bad setting: {problems} (docs/settings.md lists them)") from None
