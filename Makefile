@@ -15,7 +15,7 @@ ENGINE_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOG
 # In float32 the numbers are the same on every processor.
 ENGINE := --enforce-eager --dtype float32 --attention-backend CPU_MLA
 
-.PHONY: help setup demo control test unit lint format bench bench-gpu clean
+.PHONY: help setup demo control test unit lint format bench bench-gpu soak clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -90,6 +90,9 @@ bench: .venv/.ready  ## Measure: the cost of tracing, and the writer alone
 
 bench-gpu: .venv/.ready  ## Measure on GPUs at real shapes (docs/benchmarks.md)
 	$(BIN)/python tests/bench/bench_gpu.py $(BENCH)
+
+soak: .venv/.ready  ## Ten rough minutes for a server on the CPU, and what must hold after them
+	$(ENGINE_ENV) OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/soak/soak.py $(SOAK)
 
 clean:  ## Remove what make made, but for .venv
 	rm -rf $(DEMO) .demo-control .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

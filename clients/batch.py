@@ -6,12 +6,14 @@ finished by running it again: an example whose request is complete in the store 
 
 import os
 import time
+import uuid
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from rich.console import Console
 
 from moescope.analysis import open_store
@@ -20,10 +22,37 @@ from moescope.clients.spans import EncodedRequest, encode
 from moescope.clients.terminal import rate_progress
 from moescope.tracer.errors import InputError
 from moescope.tracer.format import DEFAULT_RUN
+from moescope.tracer.object_path import Where, store_path
 from moescope.tracer.request import TraceRequest
 
 # Requests that wait in the engine's queue, as a multiple of those that it runs at once.
 _QUEUED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request of a job, as the engine takes it; `there`: answers that the store has of it."""
+
+    line: int
+    example_id: str
+    condition: str
+    request: EncodedRequest
+    there: int = 0
+
+    @property
+    def num_answers(self) -> int:
+        """How many requests of the store it makes."""
+        generate = self.request.generate
+        return 1 if generate is None else generate.n or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a store's run has of one example under one condition: complete requests alone."""
+
+    requests: int
+    prompt_tokens: int
+    spans: list[tuple[str, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +69,7 @@ class JobSummary:
 
 def run_job(
     job: Path,
-    store: Path,
+    store: Where,
     model: str,
     *,
     run: str = DEFAULT_RUN,
@@ -64,22 +93,30 @@ def run_job(
         UnsupportedModelError: the model's routing can't be traced.
 
     """
-    lines = read_job(job)
-    arguments = engine_arguments(model, engine_options)
-    encoded = _encode(lines, arguments)
-    todo = _missing(store, run, lines, encoded)
-    skipped = len(lines) - len(todo)
+    arguments, todo, skipped = prepare_job(job, store, model, run, engine_options)
     if not todo:
         return JobSummary(0, skipped, 0, 0, 0, 0.0)
     if console is not None:
         console.print(f"loading {model} ({len(todo)} requests to trace, {skipped} done before)")
     llm = load_engine(arguments)
-    _check_lengths(llm, lines, encoded, todo)
+    check_lengths(llm, todo)
     started = time.monotonic()
-    dropped = _trace(llm, store, run, policy, [(lines[i], encoded[i]) for i in todo], console)
+    dropped = _trace(llm, store, run, policy, todo, console)
     seconds = time.monotonic() - started
-    tokens, incomplete = _count(store, run, {lines[i].example_id for i in todo})
+    tokens, incomplete, _ = tally(store, run, todo)
     return JobSummary(len(todo), skipped, tokens, incomplete, dropped, seconds)
+
+
+def prepare_job(
+    job: Path, store: Where, model: str, run: str, engine_options: tuple[str, ...]
+) -> tuple[Any, list[Work], int]:
+    """Read, check and tokenise a job; returns vLLM's `EngineArgs`, the requests that the store
+    does not hold yet, and the number of those that it holds. InputError as in `run_job`.
+    """
+    lines = read_job(job)
+    arguments = engine_arguments(model, engine_options)
+    todo = missing(store, run, _encode(lines, arguments))
+    return arguments, todo, len(lines) - len(todo)
 
 
 def engine_arguments(model: str, options: tuple[str, ...]) -> Any:
@@ -106,7 +143,7 @@ def engine_arguments(model: str, options: tuple[str, ...]) -> Any:
     return arguments
 
 
-def _encode(lines: list[JobLine], arguments: Any) -> list[EncodedRequest]:
+def _encode(lines: list[JobLine], arguments: Any) -> list[Work]:
     from transformers import AutoTokenizer
 
     try:
@@ -119,38 +156,54 @@ def _encode(lines: list[JobLine], arguments: Any) -> list[EncodedRequest]:
         raise InputError(
             f"can't load the tokenizer of --model {arguments.model}: {error}"
         ) from error
-    return [encode(line, tokenizer) for line in lines]
+    return [
+        Work(line.line, line.example_id, line.condition, encode(line, tokenizer)) for line in lines
+    ]
 
 
-def _missing(
-    store: Path, run: str, lines: list[JobLine], encoded: list[EncodedRequest]
-) -> list[int]:
-    """Indices of the lines without a complete request in the store's run."""
-    if not (store / "manifest.json").exists():
-        return list(range(len(lines)))
-    done = {
-        (example, condition): (prompt_tokens, spans)
-        for example, condition, prompt_tokens, spans in open_store(store)
+def done_before(store: Where, run: str) -> dict[tuple[str, str], Done]:
+    """What is complete in a run of the store, by example and condition."""
+    if not (store_path(store) / "manifest.json").exists():
+        return {}
+    rows = (
+        open_store(store)
         .execute(
-            "SELECT example_id, condition, prompt_tokens, spans FROM requests "
-            "WHERE run = ? AND complete",
+            "SELECT example_id, condition, count(*), any_value(prompt_tokens), any_value(spans) "
+            "FROM requests WHERE run = ? AND complete GROUP BY ALL",
             [run],
         )
         .fetchall()
+    )
+    return {
+        (example, condition): Done(
+            count, tokens, [(span["segment"], span["start"], span["stop"]) for span in spans or ()]
+        )
+        for example, condition, count, tokens, spans in rows
     }
+
+
+def missing(store: Where, run: str, works: list[Work]) -> list[Work]:
+    """Those that are not complete in the store's run; InputError if it has another text."""
+    done = done_before(store, run)
     todo = []
-    for index, (line, request) in enumerate(zip(lines, encoded, strict=True)):
-        there = done.get((line.example_id, line.condition))
-        if there is None:
-            todo.append(index)
-            continue
-        spans = [(span["segment"], span["start"], span["stop"]) for span in there[1] or ()]
-        if (there[0], spans) != (len(request.token_ids), list(request.spans)):
+    for work in works:
+        there, request = done.get((work.example_id, work.condition)), work.request
+        if there is not None and (there.prompt_tokens, there.spans) != (
+            len(request.token_ids),
+            list(request.spans),
+        ):
             raise InputError(
-                f"line {line.line}: the store's run {run!r} holds another text for example "
-                f"{line.example_id!r}, condition {line.condition!r}; choose another --run or store"
+                f"line {work.line}: the store's run {run!r} holds another text for example "
+                f"{work.example_id!r}, condition {work.condition!r}; choose another --run or store"
             )
+        todo += unfinished(work, there)
     return todo
+
+
+def unfinished(work: Work, there: Done | None) -> list[Work]:
+    """The work, with the answers that the store has; nothing if it has all."""
+    num_there = 0 if there is None else there.requests
+    return [replace(work, there=num_there)] if num_there < work.num_answers else []
 
 
 def load_engine(arguments: Any) -> Any:
@@ -160,82 +213,101 @@ def load_engine(arguments: Any) -> Any:
     return LLM.from_engine_args(arguments)
 
 
-def _check_lengths(
-    llm: Any, lines: list[JobLine], encoded: list[EncodedRequest], todo: list[int]
-) -> None:
+def tokens_needed(work: Work) -> int:
+    """Tokens that the engine must have room for: the prompt, and what may be sampled."""
+    generate = work.request.generate
+    return len(work.request.token_ids) + (1 if generate is None else generate.max_tokens)
+
+
+def check_lengths(llm: Any, works: Iterable[Work]) -> None:
+    """InputError, naming the line, if one is too long for the engine."""
     limit = llm.llm_engine.model_config.max_model_len
-    for index in todo:
-        needed = len(encoded[index].token_ids) + _sampling(encoded[index], None).max_tokens
-        if needed > limit:
+    for work in works:
+        if (needed := tokens_needed(work)) > limit:
             raise InputError(
-                f"line {lines[index].line}: needs {needed} tokens, and the engine takes {limit}: "
+                f"line {work.line}: needs {needed} tokens, and the engine takes {limit}: "
                 "shorten it, or raise the limit with `-- --max-model-len N`"
             )
 
 
-def _sampling(request: EncodedRequest, wishes: TraceRequest | None) -> Any:
-    from vllm import SamplingParams
+def enqueue(llm: Any, run: str, work: Work, request_id: str) -> None:
+    """Give one request to the engine, to be traced; its output comes under this id.
 
-    extra_args = None if wishes is None else wishes.extra_args()
-    if request.generate is None:
+    In the store vLLM has added eight random digits, which alone are too few for many engines.
+    """
+    from vllm import SamplingParams
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    wishes = TraceRequest(
+        run=run,
+        example_id=work.example_id,
+        condition=work.condition,
+        spans=work.request.spans,
+    )
+    if work.request.generate is None:
         # Teacher forcing: the response is part of the prompt, and one token must be sampled.
-        return SamplingParams(
-            max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra_args
-        )
-    return SamplingParams(**request.generate.sampling(), extra_args=extra_args)
+        given: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+    else:
+        given = work.request.generate.sampling()
+    if work.there:
+        given["n"] = work.num_answers - work.there
+    sampling = SamplingParams(
+        **given, extra_args=wishes.extra_args(), output_kind=RequestOutputKind.FINAL_ONLY
+    )
+    llm.llm_engine.add_request(request_id, tokens_input(work.request.token_ids), sampling)
+
+
+def tokens_of(output: Any) -> int:
+    """Prompt and sampled tokens of a finished `RequestOutput`."""
+    return len(output.prompt_token_ids) + sum(len(each.token_ids) for each in output.outputs)
 
 
 def _trace(
-    llm: Any,
-    store: Path,
-    run: str,
-    policy: str,
-    work: list[tuple[JobLine, EncodedRequest]],
-    console: Console | None,
+    llm: Any, store: Where, run: str, policy: str, todo: list[Work], console: Console | None
 ) -> int:
     """Run the requests; returns the rows that were dropped."""
     from moescope.tracer.session import settle, trace
 
     engine = llm.llm_engine
     limit = _QUEUED * engine.vllm_config.scheduler_config.max_num_seqs
-    waiting: Iterator[tuple[JobLine, EncodedRequest]] = iter(work)
-    queued = len(work)
+    waiting, queued, name = iter(todo), len(todo), uuid.uuid4().hex[:8]
     with rate_progress(console) as progress, trace(llm, store=store, run=run, policy=policy):
-        bar = progress.add_task("tracing", total=len(work), rate="")
+        bar = progress.add_task("tracing", total=len(todo), rate="")
         started, tokens = time.monotonic(), 0
         while queued or engine.has_unfinished_requests():
             while queued and engine.get_num_unfinished_requests() < limit:
-                line, request = next(waiting)
+                work = next(waiting)
+                enqueue(llm, run, work, f"{name}-{work.line}")
                 queued -= 1
-                wishes = TraceRequest(
-                    run=run,
-                    example_id=line.example_id,
-                    condition=line.condition,
-                    spans=request.spans,
-                )
-                llm.enqueue(
-                    [{"prompt_token_ids": request.token_ids}],
-                    _sampling(request, wishes),
-                    use_tqdm=False,
-                )
             for output in engine.step():
                 if output.finished:
-                    tokens += len(output.prompt_token_ids)
-                    tokens += sum(len(each.token_ids) for each in output.outputs)
+                    tokens += tokens_of(output)
                     rate = tokens / (time.monotonic() - started)
                     progress.update(bar, advance=1, rate=f"{rate:,.0f} tokens/s")
         return int(settle(llm)["dropped_rows"])
 
 
-def _count(store: Path, run: str, examples: set[str]) -> tuple[int, int]:
-    """(rows, incomplete requests) of these examples in a run."""
-    tokens, incomplete = (
-        open_store(store)
-        .execute(
-            "SELECT coalesce(sum(tokens), 0), count(*) FILTER (NOT complete) FROM requests "
-            "WHERE run = ? AND example_id IN (SELECT unnest(?))",
-            [run, sorted(examples)],
-        )
-        .fetchone()
-    ) or (0, 0)
-    return int(tokens), int(incomplete)
+def tally(store: Where, run: str, works: Sequence[Work]) -> tuple[int, int, int]:
+    """What a run has of these requests: rows, how many are incomplete, and how many are there
+    more often than asked for.
+    """
+    asked = pa.table(
+        {
+            "example_id": [work.example_id for work in works],
+            "condition": [work.condition for work in works],
+            "wanted": [work.num_answers for work in works],
+        }
+    )
+    con = open_store(store)
+    con.register("asked", asked)
+    tokens, incomplete, doubled = con.execute(
+        "SELECT sum(tokens), count(*) FILTER (complete < wanted), "
+        "count(*) FILTER (complete > wanted) FROM ("
+        "  SELECT any_value(wanted) AS wanted, coalesce(sum(tokens), 0) AS tokens, "
+        "  count(*) FILTER (complete) AS complete FROM asked LEFT JOIN "
+        "  (SELECT * FROM requests WHERE run = ?) USING (example_id, condition) "
+        "  GROUP BY example_id, condition)",
+        [run],
+    ).fetchone() or (0, 0, 0)
+    return int(tokens), int(incomplete), int(doubled)

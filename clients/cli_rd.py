@@ -3,6 +3,8 @@
 DuckDB, Arrow, scipy and matplotlib are imported inside the command, so that `--help` is quick.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +12,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from moescope.clients.cli_options import Store
+from moescope.clients.ray_cluster import ADDRESS_FORM
 from moescope.clients.terminal import count_text, make_table, open_console
 from moescope.tracer.errors import InputError
 
 
 def rd(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the trace store.")],
+    store: Store,
     positive: Annotated[str, typer.Option(help="The condition whose experts to find.")],
     negative: Annotated[str, typer.Option(help="The condition to compare with.")],
     condition_column: Annotated[
@@ -96,6 +100,13 @@ def rd(
         Path | None, typer.Option(help="Draw layers x experts to a .png, .pdf or .svg file.")
     ] = None,
     top: Annotated[int, typer.Option(min=0, help="Experts to print.")] = 20,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar=ADDRESS_FORM,
+            help="Count in tasks of a Ray cluster, a part of the files each (docs/ray.md).",
+        ),
+    ] = None,
 ) -> None:
     """Rank the experts by risk difference: how much more often one condition uses them.
 
@@ -118,26 +129,28 @@ def rd(
     excluded = _parse_ids("--exclude-token-ids", exclude_token_ids)
     if exclude_special:
         excluded += _special_ids(store)
-    table = risk_difference(
-        store,
-        condition_column=condition_column,
-        positive=positive,
-        negative=negative,
-        segment=segment,
-        estimator=estimator,  # type: ignore[arg-type]  # checked there
-        gate_mass=gate_mass,
-        length_match=length_match,
-        run=run,
-        include_incomplete=include_incomplete,
-        positions=positions,
-        lead=lead,
-        token_ids=_parse_ids("--token-ids", token_ids),
-        exclude_token_ids=excluded,
-        strata=strata,
-        resamples=0 if no_intervals else resamples,
-        stability=top if stability else 0,
-        seed=seed,
-    )
+    with _counting(store, ray) as more:
+        table = risk_difference(
+            store,
+            condition_column=condition_column,
+            positive=positive,
+            negative=negative,
+            segment=segment,
+            estimator=estimator,  # type: ignore[arg-type]  # checked there
+            gate_mass=gate_mass,
+            length_match=length_match,
+            run=run,
+            include_incomplete=include_incomplete,
+            positions=positions,
+            lead=lead,
+            token_ids=_parse_ids("--token-ids", token_ids),
+            exclude_token_ids=excluded,
+            strata=strata,
+            resamples=0 if no_intervals else resamples,
+            stability=top if stability else 0,
+            seed=seed,
+            **more,
+        )
     settings = read_settings(table)
     console = open_console()
     _print_ranking(console, table.slice(0, top).to_pylist(), settings)
@@ -157,6 +170,21 @@ def rd(
     if plot:
         heatmap(table, plot)
         console.print(f"heat map: {escape(str(plot))}")
+
+
+@contextmanager
+def _counting(store: str, address: str | None) -> Iterator[dict[str, Any]]:
+    """What `risk_difference` is told of who counts: nothing, or a Ray cluster."""
+    if address is None:
+        yield {}
+        return
+    from moescope.analysis.ray_counts import RayCounts
+    from moescope.clients.ray_cluster import ray_cluster
+    from moescope.tracer.store import read_manifest
+
+    read_manifest(store)  # a wrong path should not cost the wait
+    with ray_cluster(address) as ray:
+        yield {"counting": lambda files: RayCounts(ray, store, files)}
 
 
 def _print_ranking(console: Console, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
@@ -230,7 +258,7 @@ def _parse_ids(option: str, text: str | None) -> list[int]:
         raise InputError(f"{option} {text!r}: give token ids with commas between them.") from None
 
 
-def _special_ids(store: Path) -> list[int]:
+def _special_ids(store: str) -> list[int]:
     """The special tokens of the tokenizer of the store's model."""
     from transformers import AutoTokenizer
 

@@ -226,7 +226,7 @@ class Coordinator:
             raise StoreError("it has another model, or other options, than the other replicas")
         return await self._fleet.enter(replica, have)
 
-    async def follow(self, ticket: int, answer: Answer | None) -> Order | bool:
+    async def follow(self, ticket: str, answer: Answer | None) -> Order | bool:
         """See `Fleet`."""
         return await self._fleet.follow(ticket, answer)
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from uuid import uuid4
 
 from moescope.deploy.target import Step, Target, concerns, steps_between
 from moescope.tracer.errors import MoescopeError
@@ -64,10 +65,11 @@ class Answer:
 class Entry:
     """The answer to a replica that wants to serve.
 
-    `ticket` is given to one that has what it must; other ones get the steps to there.
+    `ticket` is given to one that has what it must; other ones get the steps to there. Another
+    coordinator does not know it.
     """
 
-    ticket: int | None
+    ticket: str | None
     steps: tuple[Step, ...] = ()
 
 
@@ -99,7 +101,7 @@ class Reach:
 class Member:
     """A replica that serves. `lease_end`: until then it does so, whatever happens to us."""
 
-    ticket: int
+    ticket: str
     replica: str
     have: Target
     lease_end: float
@@ -121,7 +123,7 @@ class Fleet:
     def __init__(self, target: Target, mask: MaskJson, expected: int, lease_s: float) -> None:
         self.target, self.expected, self.lease_s = target, expected, lease_s
         self._mask = mask
-        self._members: dict[int, Member] = {}
+        self._members: dict[str, Member] = {}
         self._out: dict[str, str] = {}
         self._numbers = itertools.count(1)
         self._changing = asyncio.Lock()
@@ -145,7 +147,7 @@ class Fleet:
                 return Entry(None, tuple(steps))
             for member in [m for m in self._members.values() if m.replica == replica]:
                 self._forget(member)
-            member = Member(next(self._numbers), replica, have, time.monotonic() + self.lease_s)
+            member = Member(uuid4().hex, replica, have, time.monotonic() + self.lease_s)
             self._members[member.ticket] = member
             self._out.pop(replica, None)
             if len(self._members) >= self.expected:
@@ -153,7 +155,7 @@ class Fleet:
             logger.info("replica %s serves", replica)
             return Entry(member.ticket)
 
-    async def follow(self, ticket: int, answer: Answer | None) -> Order | bool:
+    async def follow(self, ticket: str, answer: Answer | None) -> Order | bool:
         """The next order for this member, True if there is none for now; False if it is out."""
         member = self._members.get(ticket)
         if member is None:

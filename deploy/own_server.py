@@ -54,7 +54,9 @@ class ServerOptions:
             value = getattr(self, option)
             if value is not None:
                 command += [f"--{option.replace('_', '-')}", str(value)]
-        return [*command, "--", *self.engine_args, "--uds", str(socket)]
+        # Asked all the time; who wants to see it says so in an option of his own.
+        command += ["--", "--disable-access-log-for-endpoints", "/health"]
+        return [*command, *self.engine_args, "--uds", str(socket)]
 
 
 class OwnServer:

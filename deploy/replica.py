@@ -58,7 +58,7 @@ class Replica:
         self.proxy = Proxy(self.server.http, self.admission, self.coordinate)
         # What the server has by now: it starts without a run.
         self._have = Target(copy.state)
-        self._ticket: int | None = None
+        self._ticket: str | None = None
         try:
             await self.server.start()
             self._moe = await self.server.get(_MOE)

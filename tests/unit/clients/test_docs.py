@@ -46,6 +46,8 @@ def test_the_file_tree_lists_every_module_and_no_other():
         f"{folder}/{file.name}"
         for folder in ("tracer", "analysis", "clients", "server", "deploy")
         for file in (ROOT / folder).iterdir()
-        if file.suffix in (".py", ".sql", ".jinja", ".txt") and file.name != "__init__.py"
+        if file.suffix in (".py", ".sql", ".jinja", ".txt", ".yaml") and file.name != "__init__.py"
     }
+    parts = (part.name for part in (ROOT / "deploy").iterdir() if part.is_dir())
+    there |= {f"deploy/{name}/" for name in parts if name != "__pycache__"}
     assert listed == there

@@ -191,3 +191,15 @@ def test_pages_of_all_and_a_registry_that_was_put_back():
         assert "mask a" in (await fleet.reach()).not_reached["three"]
 
     with_fleet(story)
+
+
+def test_a_ticket_of_the_coordinator_before_is_none():
+    async def story(fleet):
+        await two(fleet)
+        after = Fleet(START, lambda _, version: {"v": version}, 2, LEASE_S)
+        tickets = list(fleet._members)
+        new = [(await after.enter(name, START)).ticket for name in ("two", "one")]
+        assert not set(tickets) & set(new)
+        assert await after.follow(tickets[0], None) is False
+
+    with_fleet(story)

@@ -45,7 +45,7 @@ def test_the_command_of_a_replicas_server():
     text = " ".join(command[1:])
     assert text == (
         "-m moescope.clients.cli serve m --masks /masks --store traces --slots 4 -- "
-        "--max-model-len 99 --uds /http"
+        "--disable-access-log-for-endpoints /health --max-model-len 99 --uds /http"
     )
 
 
