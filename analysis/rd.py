@@ -14,8 +14,8 @@ the definitions. The way of the data:
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import duckdb
 import numpy as np
@@ -36,7 +36,10 @@ from moescope.analysis.token_files import whole_files
 from moescope.analysis.views import ask, reading, unreadable
 from moescope.tracer.errors import InputError
 from moescope.tracer.format import MoeShape
-from moescope.tracer.object_path import Where
+from moescope.tracer.object_path import StorePath, Where
+
+if TYPE_CHECKING:
+    from moescope.analysis.ray_counts import RayCounts
 
 Estimator = Literal["token", "sequence"]
 
@@ -64,6 +67,7 @@ def risk_difference(
     resamples: int = DEFAULT_RESAMPLES,
     stability: int = 0,
     seed: int = 0,
+    counting: "Callable[[Sequence[StorePath]], RayCounts] | None" = None,
 ) -> pa.Table:
     """The risk difference of every expert of every MoE layer, largest magnitude first.
 
@@ -81,6 +85,9 @@ def risk_difference(
     "last:8", "2:10") takes a part of that; `token_ids` and `exclude_token_ids` filter what is
     left. With `strata` (a column of the requests, or FILE:COLUMN by example id) conditions are
     compared within each of its values.
+
+    `counting` makes of the store's token files what counts them elsewhere (ray_counts.py); a
+    store's aggregate, a connection and a pipeline's files are read here all the same.
 
     One row for each (MoE layer, expert), also experts never chosen, in the order of descending
     |rd|, then layer, then expert: layer, expert (int32); a1, d1 (int64: tokens of the positive
@@ -131,11 +138,17 @@ def risk_difference(
         if by_path:
             aggregate = read_aggregate(path) if is_whole_segment(settings) else None
             files = whole_files(path)
+        elsewhere = counting(files) if counting and files and not aggregate else None
         try:
-            lengths = aggregate.lengths(segment) if aggregate else token_lengths(con, settings)
+            if aggregate:
+                lengths = aggregate.lengths(segment)
+            elif elsewhere:
+                lengths = elsewhere.lengths(settings)
+            else:
+                lengths = token_lengths(con, settings)
             requests = choose_requests(con, settings, lengths)
             units = number_units(requests)
-            source = Source(con, units, settings, shape, aggregate, files)
+            source = Source(con, units, settings, shape, aggregate, files, elsewhere)
         except duckdb.Error as error:
             raise unreadable(path, error) from error
     design = make_design(units, estimator)

@@ -25,6 +25,7 @@ from moescope.tracer.object_path import StorePath
 
 if TYPE_CHECKING:
     from moescope.analysis.inference import Stratum
+    from moescope.analysis.ray_counts import RayCounts
 
 _MATRIX_BYTES = 1 << 28  # examples' rates in memory at a time
 _STABILITY_DRAWS = 200
@@ -41,10 +42,12 @@ class Source:
         shape: MoeShape,
         aggregate: Aggregate | None,
         files: Sequence[StorePath] | None,
+        elsewhere: "RayCounts | None" = None,
     ) -> None:
         """Counts tokens, unless the aggregate has just the rows that are wanted.
 
-        The tokens are those of `files`, if they hold whole tokens; otherwise those of `con`.
+        The tokens are those of `files`, if they hold whole tokens; otherwise those of `con`. Or
+        `elsewhere` counts them.
         """
         segment, gate_mass = settings["segment"], settings["gate_mass"]
         self._aggregate: Aggregate | None = None
@@ -55,6 +58,9 @@ class Source:
         self._counts = Counts(units.num_rows, shape, gate_mass=gate_mass)
         if aggregate:
             for block in aggregate.blocks(units, segment, gate_mass=gate_mass):
+                self._counts.add_rows(block)
+        elif elsewhere:
+            for block in elsewhere.blocks(units, settings, shape):
                 self._counts.add_rows(block)
         elif files is not None:
             choose = choose_tokens(units, settings)

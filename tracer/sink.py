@@ -209,12 +209,15 @@ class RingSink:
         return self._ring
 
     @property
-    def where(self) -> dict[str, int]:
-        """Where other processes find the ring's counters (ring_watch.py)."""
+    def where(self) -> dict[str, Any]:
+        """Where other processes find the ring's counters (ring_watch.py), and its writer's name."""
+        stage = self._argument["stage"]
+        prefix = "" if stage is None else f"p{stage['number']}of{stage['count']}-"
         return {
             "engine": os.getpid(),
             "fd": self._ring.fd,
             "capacity": self._ring.capacity,
+            "writer": prefix + self._names[-1],
         }
 
     def write(self, rows: Rows) -> bool:
