@@ -296,7 +296,7 @@ def run_replicas(args: dict[str, Any], *, address: str, host: str, port: int) ->
         stop.wait()
     finally:
         if local:
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            serve.shutdown()
         else:
             serve.delete(APP)
         ray.shutdown()

@@ -117,7 +117,7 @@ class RingSink:
         capacity = max((settings.ring_mib << 20) // shape.row_bytes, min_rows)
         message_bytes = 1 << 22
         self._ring = Ring.create(shape, capacity, message_bytes)
-        self._argument = {
+        self._argument: dict[str, Any] = {
             "fd": self._ring.fd,
             "capacity": capacity,
             "message_bytes": message_bytes,
