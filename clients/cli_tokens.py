@@ -16,6 +16,7 @@ from moescope.clients.cli_questions import (
     Condition,
     Mask,
     Out,
+    Plot,
     Run,
     Segment,
     check_files,
@@ -56,6 +57,7 @@ def show(
     mask: Mask = None,
     segment: Segment = None,
     out: Out = None,
+    plot: Plot = None,
 ) -> None:
     """Show an expert's favourite tokens, and where it is chosen.
 
@@ -63,6 +65,8 @@ def show(
     all tokens. The examples are the places of largest gate weight.
 
     **Example:** `moescope experts show L12E07 traces --tokenizer deepseek-ai/DeepSeek-V2-Lite`
+
+    **Example:** `moescope experts show L12E07 traces --by count --plot tokens.png`
     """
     from moescope.analysis.questions import (
         Selection,
@@ -72,7 +76,7 @@ def show(
         read_model,
     )
 
-    check_files(out, None)
+    check_files(out, plot)
     layer, number = parse_expert(expert)
     chosen = Selection(run, condition, mask, segment)
     rows = expert_tokens(store, layer, number, chosen, by=by, min_total=min_total)  # type: ignore[arg-type]  # checked there
@@ -99,6 +103,13 @@ def show(
             f"no token that occurs {min_total} times chose {escape(expert)} "
             f"({escape(str(chosen))}): lower --min-total, or look --by count."
         )
+    if plot:
+        from moescope.analysis.question_plots import plot_tokens
+
+        labels = [decode([row["token_id"]]) if decode else str(row["token_id"]) for row in shown]
+        title = f"{expert}: favourite tokens ({chosen})"
+        plot_tokens(shown, labels, plot, title=title)
+        console.print(f"bars: {escape(str(plot))}")
     if out:
         from moescope.analysis.export import write_ranking
 
@@ -115,17 +126,20 @@ def request(
     ] = None,
     tokenizer: Tokenizer = None,
     out: Out = None,
+    plot: Plot = None,
 ) -> None:
     """Show the routing of one request, token by token: the experts of each layer by rank.
 
     --out writes a row a token and layer, with the gate weights.
 
     **Example:** `moescope request traces q17 --layers 1-3 --tokenizer deepseek-ai/DeepSeek-V2-Lite`
+
+    **Example:** `moescope request traces q17 --layers 12,13 --plot q17.png`
     """
     from moescope.analysis.export import write_ranking
     from moescope.analysis.questions import read_model, request_routing
 
-    check_files(out, None)
+    check_files(out, plot)
     routing = request_routing(store, request_id)
     model = read_model(store)
     wanted = _parse_layers(layers, model["moe_layers"])
@@ -143,6 +157,20 @@ def request(
         )  # fmt: skip
     console = open_console()
     console.print(table)
+    if plot:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        from moescope.analysis.question_plots import plot_request
+
+        some = routing.filter(pc.is_in(routing["layer"], value_set=pa.array(wanted, pa.int32())))
+        labels = [
+            decode([line["token_id"]]) if decode else str(line["token_id"])
+            for line in lines.values()
+        ]
+        experts = model["num_experts"]
+        plot_request(some, labels, plot, num_experts=experts, title=request_id)
+        console.print(f"picture: {escape(str(plot))}")
     if out:
         write_ranking(routing, out)
         console.print(f"{count_text(routing.num_rows)} rows: {escape(str(out))}")

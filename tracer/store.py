@@ -64,7 +64,8 @@ _STAGED = re.compile(r"p(\d+)of(\d+)-")
 class WriterCounters:
     """What one writer did to a store. `state` is open, closed or killed.
 
-    `unfinished_requests` were running when their engine ended, and are not in the store.
+    `unfinished_requests` were running when their engine ended, or went with a killed writer; they
+    are not in the store.
     `layers`: those that the writer has, if not all of the model's.
     """
 

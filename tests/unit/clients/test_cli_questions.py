@@ -114,8 +114,9 @@ def test_experts_show(tokenizer, tmp_path):
     out = tmp_path / "tokens.csv"
     output = invoke(
         "experts", "show", "L02E07", STORE, "--tokenizer", tokenizer, "--run", "plain",
-        "--top", 3, "--context", 4, "--by", "count", "--out", out,
+        "--top", 3, "--context", 4, "--by", "count", "--out", out, "--plot", tmp_path / "t.svg",
     )  # fmt: skip
+    assert "L02E07: favourite tokens" in (tmp_path / "t.svg").read_text()
     first = out.read_text().splitlines()[1].split(",")
     line = next(row for row in rows(output) if first[0] in row)
     assert f"{int(first[1]):,}" in line
@@ -133,8 +134,13 @@ def test_request(tokenizer, tmp_path):
     [(request_id, experts)] = con.execute(query).fetchall()
     out = tmp_path / "request.parquet"
     output = invoke(
-        "request", STORE, request_id, "--layers", "2-3", "--tokenizer", tokenizer, "--out", out
-    )
+        "request", STORE, request_id, "--layers", "2-3", "--tokenizer", tokenizer, "--out", out,
+        "--plot", tmp_path / "q.svg",
+    )  # fmt: skip
+    drawn = (tmp_path / "q.svg").read_text()
+    assert "|user|" in drawn
+    assert "layer 3" in drawn
+    assert "layer 1" not in drawn
     line = next(row for row in rows(output) if row[0] == "2")
     assert line[-8:] == [str(expert) for expert in experts[4:]]
     assert "layer 1" not in output
