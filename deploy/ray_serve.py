@@ -115,7 +115,7 @@ def read_args(args: dict[str, Any]) -> ServeArgs:
             f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors()
         )
-        raise InputError(f"bad arguments of {__name__}:build: {problems}") from None
+        raise InputError(f"bad arguments: {problems} (docs/replicas.md lists them)") from None
 
 
 def build(args: dict[str, Any]) -> "Application":
