@@ -15,7 +15,7 @@ ENGINE_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOG
 # In float32 the numbers are the same on every processor.
 ENGINE := --enforce-eager --dtype float32 --attention-backend CPU_MLA
 
-.PHONY: help setup demo control test unit lint format bench bench-gpu soak clean
+.PHONY: help setup demo control test test-fleet unit lint format bench bench-gpu soak clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -66,6 +66,9 @@ control:  ## The same on the unplanted model, whose experts should show no effec
 test: .venv/.ready $(INTERPRETER)/.ready  ## Run all tests: units, real vLLM on the CPU, GPU kernels interpreted
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(BIN)/pytest tests/kernels
+
+test-fleet: .venv/.ready  ## Run the tests of many engines: Ray, replicas, the image's steps (ten minutes)
+	$(BIN)/pytest -m fleet
 
 # Triton, to interpret the GPU's kernels without a GPU. Aside, since vLLM should not find it.
 $(INTERPRETER)/.ready: .venv/.ready

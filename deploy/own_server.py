@@ -5,7 +5,6 @@ masks lie there too: a copy of the shared registry, made anew with every start.
 """
 
 import asyncio
-import ctypes
 import os
 import secrets
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 import httpx
 
+from moescope.deploy.guard import Guard
 from moescope.deploy.target import Step
 from moescope.server.registry import RegistryCopy, write_copy
 from moescope.tracer.errors import MoescopeError
@@ -27,7 +27,6 @@ from moescope.tracer.errors import MoescopeError
 _POLL_S = 0.1
 _STOP_TIMEOUT_S = 30.0
 _ADMIN_KEY = "MOESCOPE_ADMIN_KEY"
-_PR_SET_PDEATHSIG = 1
 # Shorter than the 5 s after which vLLM closes idle connections: none is used as it is closed.
 _KEEP_S = 2.0
 
@@ -72,6 +71,7 @@ class OwnServer:
         self._admin = {"Authorization": f"Bearer {key}"}
         self._environment = os.environ | {_ADMIN_KEY: key}
         self._process: asyncio.subprocess.Process | None = None
+        self._guard: Guard | None = None
         self.http = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(
                 uds=str(self._socket),
@@ -87,8 +87,8 @@ class OwnServer:
             *self._options.command(self._folder / "masks", self._socket),
             env=self._environment,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
         )
+        self._guard = Guard(self._process.pid)
         while not await self.healthy():
             if self._process.returncode is not None:
                 raise ServerError(f"{self.how_it_ended()} before it served: its log says why")
@@ -162,9 +162,7 @@ class OwnServer:
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+        if self._guard is not None:
+            self._guard.release()
+            self._guard = None
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _end_with_parent() -> None:
-    """In the new process: end when the replica does, even if it is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,5 +1,10 @@
-"""Real servers of object storage on loopback: one that speaks S3, one that speaks GCS."""
+"""Real servers of object storage on loopback: one that speaks S3, one that speaks GCS.
 
+Both are processes of their own. vLLM looks at everything in every module that is loaded, and Flask,
+which Moto loads, has things that must not be looked at.
+"""
+
+import http.client
 import logging
 import socket
 import subprocess
@@ -7,8 +12,17 @@ import sys
 import threading
 
 import boto3
-from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
+
+S3 = """
+import sys
+from moto.server import ThreadedMotoServer
+
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
 
 
 class S3Server:
@@ -16,7 +30,13 @@ class S3Server:
 
     def __init__(self):
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        self._app = DomainDispatcherApplication(create_backend_app)
+        self._moto = subprocess.Popen(
+            [sys.executable, "-c", S3],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._port = int(self._moto.stdout.readline())
         self._server = make_server("127.0.0.1", 0, self, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.port}"
         self.hook = None
@@ -37,11 +57,28 @@ class S3Server:
 
     def __call__(self, environ, start_response):
         status = self.hook(environ) if self.hook else None
+        chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "")
+        size = -1 if chunked else int(environ.get("CONTENT_LENGTH") or 0)
+        body = environ["wsgi.input"].read(size)
         if status is not None:
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response(status, [("Content-Length", "0")])
             return [b""]
-        return self._app(environ, start_response)
+        headers = {
+            name.removeprefix("HTTP_").replace("_", "-"): value
+            for name, value in environ.items()
+            if name.startswith("HTTP_") or (name == "CONTENT_TYPE" and value)
+        }
+        for hop in ("TRANSFER-ENCODING", "EXPECT", "CONNECTION"):
+            headers.pop(hop, None)
+        moto = http.client.HTTPConnection("127.0.0.1", self._port)
+        moto.request(environ["REQUEST_METHOD"], environ["RAW_URI"], body, headers)
+        answer = moto.getresponse()
+        data = answer.read()
+        hops = ("connection", "transfer-encoding", "server", "date")
+        given = [(name, value) for name, value in answer.getheaders() if name.lower() not in hops]
+        start_response(f"{answer.status} {answer.reason}", given)
+        moto.close()
+        return [data]
 
     def names(self, bucket):
         """The objects that are there, with their sizes."""
@@ -55,6 +92,8 @@ class S3Server:
 
     def close(self):
         self._server.shutdown()
+        self._moto.kill()
+        self._moto.communicate()
 
 
 GCS = """

@@ -33,7 +33,7 @@ from packaging.requirements import Requirement
 
 from moescope.analysis import open_store
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.fleet]
 
 TREE = Path(__file__).parents[2]
 DOCKERFILE = TREE / "deploy/docker/cpu.Dockerfile"

@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from replicas import CLI, Replicas
@@ -18,7 +19,7 @@ from servers import PROMPT
 
 from moescope.analysis import open_store
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.fleet]
 
 ADMIN = "admin-key-of-the-test"
 LEASE_S = 3
@@ -260,6 +261,16 @@ def test_a_replica_that_is_killed_comes_back_with_all_masks(fleet):
     log = [json.loads(line) for line in (fleet.masks / "audit.jsonl").open()]
     assert [line["after"] for line in log if line["what"] == "put"][-1] == "calm@2"
     assert all(line["who"].startswith("key:") for line in log)
+
+
+def test_an_actor_that_is_killed_takes_its_engine_along(fleet):
+    fleet.wait()
+    actor = fleet.processes("ray::ServeReplica:moescope:replica")[0]
+    engine = actor.children(recursive=True)
+    assert any("moescope.clients.cli" in " ".join(process.cmdline()) for process in engine)
+    actor.kill()
+    _, alive = psutil.wait_procs([p for p in engine if "tracer.writer" not in p.cmdline()], 60)
+    assert alive == []
 
 
 def test_others_need_a_key_and_bad_arguments_are_told_before_ray_starts(tmp_path):

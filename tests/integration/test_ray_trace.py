@@ -17,7 +17,7 @@ from moescope.analysis.verify import verify_store
 from moescope.tracer.store import committed_files, read_writers
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.fleet]
 
 # One request at a time, and so the same sums wherever it runs: rows are compared bit for bit.
 ENGINE = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "1"]

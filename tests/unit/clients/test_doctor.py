@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from object_servers import S3Server
 from typer.testing import CliRunner
 
 from moescope.clients import doctor, doctor_machine
@@ -288,24 +289,12 @@ def test_memory_is_a_file_system_with_a_warning():
 @pytest.fixture
 def bucket(monkeypatch):
     """A real HTTP server that speaks S3."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
+    server = S3Server()
+    for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="traces")
-    yield client
-    server.stop()
+    server.client.create_bucket(Bucket="traces")
+    yield server.client
+    server.close()
 
 
 def test_object_storage(bucket):
