@@ -24,7 +24,7 @@ from moescope.server.errors import ConflictError, UnknownError
 from moescope.tracer.errors import InputError, StoreError
 from moescope.tracer.mask import Mask, read_mask
 from moescope.tracer.mask_format import check_name
-from moescope.tracer.store import write_json
+from moescope.tracer.store_files import write_json
 
 _RESERVED = ("state.json", "audit.jsonl")
 _KEY = re.compile(r"(?P<name>[^@]+)(?:@(?P<version>[1-9][0-9]{0,8}))?")

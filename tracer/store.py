@@ -27,7 +27,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,10 +53,10 @@ from moescope.tracer.object_path import (
     read_texts,
     store_path,
 )
-from moescope.tracer.store_files import PATIENCE_S, SILENT_S, store_files
-from moescope.tracer.store_files import write_json as write_json
+from moescope.tracer.store_files import PATIENCE_S, SILENT_S, store_files, write_json
 
 _FOLDERS = ("tokens", "requests", "writers")
+_MANIFEST = re.compile(r"manifest\.json|\.manifest\.json\..+")  # as it is, and written aside
 _STAGED = re.compile(r"p(\d+)of(\d+)-")
 
 
@@ -164,18 +164,7 @@ def living_writers(path: Where) -> list[str]:
         seen, since = last_seen(path), time.time() - SILENT_S
         still_open = (each.writer for each in read_writers(path) if each.state == "open")
         return [writer for writer in still_open if seen.get(writer, 0) > since]
-    living = []
-    for lock in (path / "writers").glob("[!.]*.lock"):
-        try:
-            handle = lock.open()
-        except FileNotFoundError:  # its writer has closed meanwhile
-            continue
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                living.append(lock.stem)
-    return living
+    return [lock.stem for lock, held in _locks(path, fcntl.LOCK_SH) if held]
 
 
 class StoreWriter:
@@ -295,7 +284,7 @@ class StoreWriter:
             there = False
             # Another writer may be creating the same store: what it makes is no stranger's.
             names = [file.name for file in path.iterdir()] if path.exists() else []
-            if any(name not in _FOLDERS and "manifest.json" not in name for name in names):
+            if any(name not in _FOLDERS and not _MANIFEST.fullmatch(name) for name in names):
                 raise StoreError(
                     f"{path} is neither empty nor a trace store; name a new folder for the traces."
                 )
@@ -352,6 +341,15 @@ TOKENS_OPTIONS: dict[str, Any] = {
 
 def _mend(path: Path) -> None:
     """Clear up after writers that were killed: a lock that can be taken has no living owner."""
+    for lock, held in _locks(path, fcntl.LOCK_EX):
+        # Whoever closes or mends takes the name away first and lets the lock go after that.
+        if not held and lock.exists():
+            _mend_writer(path, lock.stem)
+            lock.unlink()
+
+
+def _locks(path: Path, kind: int) -> Iterator[tuple[Path, bool]]:
+    """The writers' locks, and whether another holds it; else it is ours until the next one."""
     for lock in (path / "writers").glob("[!.]*.lock"):
         try:
             handle = lock.open()
@@ -359,13 +357,11 @@ def _mend(path: Path) -> None:
             continue
         with handle:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
             except BlockingIOError:
-                continue
-            # Whoever closes or mends takes the name away first and lets the lock go after that.
-            if lock.exists():
-                _mend_writer(path, lock.stem)
-                lock.unlink()
+                yield lock, True
+            else:
+                yield lock, False
 
 
 def _mend_writer(path: Path, writer: str) -> None:
