@@ -15,6 +15,11 @@ ENGINE_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_LOG
 # In float32 the numbers are the same on every processor.
 ENGINE := --enforce-eager --dtype float32 --attention-backend CPU_MLA
 
+# Two processes, a file of tests to each in turn. An engine has one thread, and no pinned core.
+TEST_PROCESSES ?= 2
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+PYTEST := $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 .PHONY: help setup demo control test test-fleet unit lint format bench bench-gpu soak clean
 
 help:  ## List the commands
@@ -64,11 +69,11 @@ control:  ## The same on the unplanted model, whose experts should show no effec
 	@$(MAKE) --no-print-directory demo DEMO=.demo-control SPECIMEN=examples/specimen-unplanted
 
 test: .venv/.ready $(INTERPRETER)/.ready  ## Run all tests: units, real vLLM on the CPU, GPU kernels interpreted
-	$(BIN)/pytest
-	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(BIN)/pytest tests/kernels
+	$(TEST_ENV) $(PYTEST) --durations=30
+	$(TEST_ENV) TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER) $(PYTEST) --dist load tests/kernels
 
 test-fleet: .venv/.ready  ## Run the tests of many engines: Ray, replicas, the image's steps (ten minutes)
-	$(BIN)/pytest -m fleet
+	$(TEST_ENV) $(BIN)/pytest -m fleet
 
 # Triton, to interpret the GPU's kernels without a GPU. Aside, since vLLM should not find it.
 $(INTERPRETER)/.ready: .venv/.ready
@@ -76,7 +81,7 @@ $(INTERPRETER)/.ready: .venv/.ready
 	@touch $@
 
 unit: .venv/.ready  ## Run the unit tests alone
-	$(BIN)/pytest tests/unit
+	$(TEST_ENV) $(PYTEST) tests/unit
 
 lint: .venv/.ready  ## Check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -92,7 +92,8 @@ def test_running_it_again_does_nothing(whole, job, specimen):
 def test_a_killed_job_is_finished_by_running_it_again(whole, job, specimen, tmp_path):
     arguments = (
         *("trace", job, "--model", specimen("qwen3_moe"), "--store", tmp_path / "s", "--"),
-        *(*ENGINE, "--max-num-seqs", "2"),
+        # Hundreds of steps, so that it is killed in the middle also on a busy machine.
+        *(*ENGINE, "--max-num-seqs", "2", "--max-num-batched-tokens", "16"),
     )
     settings = {"MOESCOPE_FLUSH_SECONDS": "0.1"}
     process = start(*arguments, **settings)
