@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     folder = _own_disk()
-    model = folder.parent / "model"
+    model = folder / "model"
     make_specimen(model, "qwen3_moe")
     server = Server(folder, model, slots=SLOTS)
     seen = Seen()
@@ -82,6 +82,9 @@ def main() -> None:
         server.wait()
         asyncio.run(_soak(server, seen, given.minutes * 60, random.Random(given.seed)))
         in_use = server.slots_in_use()
+    except BaseException:
+        console.print(f"the server's log is {server.log}")
+        raise
     finally:
         server.stop()
     if in_use:
@@ -95,7 +98,7 @@ def main() -> None:
 
 
 def _own_disk() -> Path:
-    """A folder on a tmpfs of ours, in a mount namespace that ends with us."""
+    """A folder whose traces lie on a tmpfs, in a mount namespace that ends with us."""
     place = os.environ.get("MOESCOPE_SOAK_FOLDER")
     if place is None:
         place = tempfile.mkdtemp(prefix="moescope-soak-")
@@ -106,13 +109,17 @@ def _own_disk() -> Path:
     disk.mkdir()
     size = ["-o", f"size={DISK_MIB}m"]
     subprocess.run(["mount", "-t", "tmpfs", *size, "moescope-soak", str(disk)], check=True)
-    return disk
+    Path(disk, "traces").mkdir()
+    Path(place, "traces").symlink_to(disk / "traces")
+    return Path(place)
 
 
 async def _soak(server: Server, seen: Seen, seconds: float, draw: random.Random) -> None:
     started = time.monotonic()
     until = started + seconds
-    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+    # The server ends a connection that nobody has used for 5 s, maybe just as it is used again.
+    limits = httpx.Limits(keepalive_expiry=2)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
         for name in NAMES:
             await _new_version(client, seen, name, draw)
         work = [_client(client, seen, number, until, draw) for number in range(CLIENTS)]
@@ -150,10 +157,13 @@ async def _new_version(
 
 async def _change_global(client: httpx.AsyncClient, seen: Seen, draw: random.Random) -> None:
     mask = draw.choice([None, *NAMES])
-    answer = await client.put("/v1/steering", json={"mask": mask})
+    if mask is None:
+        answer = await client.delete("/v1/steering")
+    else:
+        answer = await client.put("/v1/steering", json={"mask": mask})
     seen.statuses[f"global {answer.status_code}"] += 1
     if answer.status_code not in (200, 429):
-        seen.wrong.append(f"PUT steering {mask}: {answer.status_code} {answer.text}")
+        seen.wrong.append(f"global mask {mask}: {answer.status_code} {answer.text}")
 
 
 async def _client(
@@ -163,7 +173,10 @@ async def _client(
     while time.monotonic() < until:
         example, count = f"{number}-{count}", count + 1
         mask = draw.choice([None, None, "none", *NAMES, "no-such-mask" if count % 9 == 0 else None])
-        await _ask(client, seen, example, mask, draw)
+        try:
+            await _ask(client, seen, example, mask, draw)
+        except httpx.TransportError as error:
+            seen.wrong.append(f"{example}: {error!r}")
 
 
 async def _ask(
@@ -178,12 +191,11 @@ async def _ask(
     }
     headers = {"X-Trace-Run": "soak"} | ({} if mask is None else {"X-Steering-Mask": mask})
     if draw.random() < 0.15:
-        with suppress(httpx.ReadTimeout):
-            async with client.stream(
-                "POST", "/v1/completions", json=body | {"stream": True}, headers=headers
-            ) as stream:
-                async for _ in stream.aiter_lines():
-                    break  # and hang up
+        async with client.stream(
+            "POST", "/v1/completions", json=body | {"stream": True}, headers=headers
+        ) as stream:
+            async for _ in stream.aiter_lines():
+                break  # and hang up
         seen.statuses["hung up"] += 1
         return
     answer = await client.post("/v1/completions", json=body, headers=headers)
@@ -207,7 +219,7 @@ async def _trouble(server: Server, seen: Seen, started: float, seconds: float) -
     async def at(share: float) -> None:
         await asyncio.sleep(max(0.0, started + share * seconds - time.monotonic()))
 
-    ballast = server.store.parent / "ballast"
+    ballast = server.store.parent / "disk/ballast"
     await at(0.25)
     seen.note(started, f"killed the trace writer, {_kill_writers(server)} process")
     await at(0.45)
