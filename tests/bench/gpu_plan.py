@@ -45,8 +45,8 @@ CPU_WORKLOADS = {
     "decode-1": Workload(1, 8, 12),
 }
 # One sequence at a time is slow: an arm that works so runs these many.
-ONE_AT_A_TIME = {"prefill": 8, "decode-256": 1}
-LEAST_UNIT_S = 0.5  # shorter workloads are repeated within one timed unit
+ONE_AT_A_TIME = {"prefill": 8, "mixed": 1, "decode-256": 1}
+LEAST_UNIT_S = 1.0  # shorter workloads are repeated within one timed unit
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def write_table(results: Path, document: Path) -> None:
 
 def tables(lines: list[Line]) -> str:
     """Everything that results say, in Markdown."""
+    lines = newest(lines)
     parts = ["\n".join(_sessions(lines))]
     shapes = sorted({_what(line) for line in lines if "shape" in line})
     for name, layers, parallel in shapes:
@@ -48,6 +49,31 @@ def tables(lines: list[Line]) -> str:
         ]
         parts += ["\n".join(made) for make in makers if (made := make(mine))]
     return "\n\n".join(parts) + "\n"
+
+
+def newest(lines: list[Line]) -> list[Line]:
+    """Of every arm of a workload, the rounds of the tracer sources that measured it last."""
+    sources = {
+        line["session"]: line["tracer_sha256"] for line in lines if line["kind"] == "session"
+    }
+    last = {}
+    for line in lines:
+        for arm in line.get("arms", ()):
+            last[_what(line), line.get("workload"), arm] = sources[line["session"]]
+    out = []
+    for line in lines:
+        if "arms" not in line:
+            out.append(line)
+            continue
+        same = {
+            arm: answer
+            for arm, answer in line["arms"].items()
+            if last[_what(line), line.get("workload"), arm] == sources[line["session"]]
+        }
+        if same.keys() - {"plain"}:
+            # Ratios are to the plain engine of the same round, however old.
+            out.append(line | {"arms": {"plain": line["arms"]["plain"]} | same})
+    return out
 
 
 def _what(line: Line) -> tuple[str, int, str]:

@@ -35,7 +35,8 @@ def llm(tmp_path_factory):
         str(model),
         dtype="bfloat16",
         max_model_len=1024,
-        gpu_memory_utilization=0.3,
+        gpu_memory_utilization=0.02,
+        kv_cache_memory_bytes=1 << 30,
         enable_return_routed_experts=SECOND_RUNNER,  # which the first one can't
         max_num_seqs=64,
     )

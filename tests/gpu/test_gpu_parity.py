@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-OPTIONS = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
+OPTIONS = {"dtype": "bfloat16", "gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 1 << 30}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_traced_routing_is_transformers_routing(specimen, tmp_path, arch):
         llm.generate(
             as_prompts(prompts), SamplingParams(max_tokens=12, temperature=0), use_tqdm=False
         )
-    assert assert_as_near_as_rounding(arch, model, traced_rows(tmp_path)) > 1000
+    assert assert_as_near_as_rounding(arch, model, traced_rows(tmp_path)).compared > 1000
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "olmoe"])

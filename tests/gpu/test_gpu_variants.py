@@ -16,7 +16,12 @@ pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-OPTIONS = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3, "disable_log_stats": False}
+OPTIONS = {
+    "dtype": "bfloat16",
+    "gpu_memory_utilization": 0.02,
+    "kv_cache_memory_bytes": 1 << 30,
+    "disable_log_stats": False,
+}
 
 
 @pytest.fixture(scope="module")
