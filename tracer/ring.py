@@ -189,8 +189,10 @@ class Ring:
         head, size = int(self.words[MESSAGE_HEAD]), len(self._messages)
         if head + len(framed) - self.word(MESSAGE_TAIL) > size:
             return False
-        places = np.arange(head, head + len(framed)) % size
-        self._messages[places] = np.frombuffer(framed, np.uint8)
+        sent, at = np.frombuffer(framed, np.uint8), head % size
+        first = min(len(sent), size - at)
+        self._messages[at : at + first] = sent[:first]
+        self._messages[: len(sent) - first] = sent[first:]
         self.set_word(MESSAGE_HEAD, head + len(framed))
         return True
 

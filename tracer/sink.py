@@ -324,5 +324,10 @@ class RingSink:
                 raise StoreError(message)
             raise TracerError(f"the trace writer failed: {self._ring.failure}")
         if not self._process.running():
+            if self._ring.word(STATE) == STARTING:
+                raise TracerError(
+                    "the trace writer could not start, and nothing is traced; what it said of the "
+                    "reason is above, where the engine's errors go"
+                )
             then = "restart the engine to trace again" if self._block else "another will start"
             raise TracerError(f"the trace writer died; {then}, what it had written is whole")

@@ -192,7 +192,9 @@ def _resolve(processor: Any, request: Any) -> None:
         params.skip_reading_prefix_cache = True
     slot = None if wishes.mask is None else _slot(processor, wishes.mask)
     if wishes.trace or slot is not None:
-        extra_args[RESOLVED] = wishes.model_dump() | {"slot": slot}
+        # Each field takes its time to decode, before the request can run.
+        asked = wishes.model_dump(exclude_defaults=True) if wishes.trace else {"mask": wishes.mask}
+        extra_args[RESOLVED] = asked | {"trace": wishes.trace, "slot": slot}
     params.extra_args = extra_args or None
     salt = getattr(processor, "moescope_salt", None)
     if salt == CHANGING:

@@ -84,11 +84,11 @@ class WorkerTracer:
         is to know.
         """
         recorder, steering = self.demand()
-        slot = resolved.pop("slot", None)
-        wishes = TraceRequest.model_validate(resolved)
-        if slot is not None and wishes.mask is not None:
-            steering.begin(request_id, slot, wishes.mask)
-        if wishes.trace:
+        slot = resolved.pop("slot")
+        if slot is not None:
+            steering.begin(request_id, slot, resolved["mask"])
+        if resolved["trace"]:
+            wishes = TraceRequest.model_validate(resolved)
             recorder.begin(
                 request_id,
                 wishes,

@@ -59,3 +59,16 @@ def test_a_bad_wish_is_named_with_its_value(field, value):
 )
 def test_extra_args_and_back(wishes):
     assert parse_extra_args(wishes.extra_args(), OFF) == wishes
+
+
+def test_a_mask_alone_leaves_the_rest_as_by_default():
+    """Also for a default that was seen before, and one that can't be remembered."""
+    for default in (TraceRequest(trace=False), TraceRequest(run="a"), TraceRequest(run="b")):
+        for mask in ("m@1", "m@2", "m@1"):
+            wishes = parse_extra_args({"moescope_mask": mask}, default)
+            assert wishes == default.model_copy(update={"mask": mask})
+    default = TraceRequest(spans=[("document", 0, 3)])
+    assert parse_extra_args({"moescope_mask": "m@1"}, default).spans == default.spans
+    for bad in ("", 7, "m" * 201):
+        with pytest.raises(InputError, match="moescope_mask"):
+            parse_extra_args({"moescope_mask": bad}, TraceRequest())

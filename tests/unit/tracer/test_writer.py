@@ -143,6 +143,15 @@ def test_a_store_that_cannot_be_opened_is_an_error_at_the_start(tmp_path, facts)
         RingSink(tmp_path, facts, Settings())
 
 
+def test_a_writer_that_lacks_a_package_is_an_error_at_the_start(tmp_path, facts, monkeypatch):
+    """As where moescope was copied without what it needs."""
+    (tmp_path / "pyarrow.py").write_text("raise ModuleNotFoundError('no pyarrow here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(TracerError, match=r"could not start.*above"):
+        RingSink(tmp_path / "traces", facts, Settings())
+    assert not (tmp_path / "traces").exists()
+
+
 @pytest.mark.parametrize("descendants", [False, True])
 def test_an_engine_killed_by_sigkill_leaves_its_finished_requests(
     tmp_path, facts, make_rows, descendants
