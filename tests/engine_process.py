@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 ANSWER = "answer: "
+_PATH = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 # One thread: more of them would wait for one another while other engines run.
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 
@@ -36,7 +37,7 @@ def start(job, **environment):
         stdin=given,
         stdout=output,
         stderr=errors,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | environment,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(_PATH)} | environment,
     )
     return process, output, errors
 

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def write_table(results: Path, document: Path) -> None:
 def tables(lines: list[Line]) -> str:
     """Everything that results say, in Markdown."""
     lines = newest(lines)
-    parts = ["\n".join(_sessions(lines))]
+    parts = ["\n".join(_sessions(lines)), "\n".join(_whole(lines))]
     shapes = sorted({_what(line) for line in lines if "shape" in line})
     for name, layers, parallel in shapes:
         mine = [line for line in lines if _what(line) == (name, layers, parallel)]
@@ -102,18 +102,16 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def _sessions(lines: list[Line]) -> list[str]:
-    """Where and with what, a line for each session that measured something."""
+    """Where and with what: a line for each kind of machine and sources, with the dates."""
     used = {line["session"] for line in lines if line["kind"] in ("round", "http")}
-    said = []
+    dates = defaultdict(set)
     for line in lines:
         if line["kind"] == "session" and line["session"] in used:
-            gpus = " and ".join(line["gpus"]) or "no GPU"
+            gpus = [f"{n} x {name}" for name, n in Counter(line["gpus"]).items()] or ["no GPU"]
             versions = ", ".join(f"{name} {number}" for name, number in line["versions"].items())
-            said.append(
-                f"- {line['date']}: {gpus}; {line['cpu']}; {versions}; tracer sources "
-                f"{line['tracer_sha256']}."
-            )
-    return said
+            said = f"{' and '.join(gpus)}; {line['cpu']}; {versions}; tracer sources "
+            dates[said + line["tracer_sha256"]].add(line["date"][:10])
+    return [f"- {', '.join(sorted(days))}: {said}." for said, days in dates.items()]
 
 
 def _by_arm(lines: list[Line]) -> dict[tuple[str, str], list[tuple[Line, Line]]]:
@@ -138,6 +136,32 @@ def _pairs(
     order = list(ARMS)
     names = list(WORKLOADS)
     return dict(sorted(out.items(), key=lambda i: (names.index(i[0][0]), order.index(i[0][1]))))
+
+
+def _whole(lines: list[Line]) -> list[str]:
+    """The ratios of all workloads together, of which there are enough to tell one per cent."""
+    single = [line for line in lines if not line.get("parallel")]
+    names = sorted({line["shape"] for line in single if line["kind"] == "round"})
+    rows = []
+    for name in [*names, "all"]:
+        mine = [line for line in single if name in ("all", line.get("shape"))]
+        for arm in [arm for arm in ARMS if arm not in ("plain", "drop", "steermoe")]:
+            cells = []
+            for other in ("plain", _of_own_engine(arm)):
+                ratios = [
+                    _rate(answer) / _rate(basis)
+                    for (_, one), pairs in _pairs(mine, lambda _, other=other: other).items()
+                    for answer, basis in pairs
+                    if one == arm and other != arm
+                ]
+                low, high = interval(ratios) if ratios else (0.0, 0.0)
+                middle = statistics.median(ratios) if ratios else 0.0
+                cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})" if ratios else "")
+                if other == "plain":
+                    count = len(ratios)
+            if count:
+                rows.append([name, arm, f"{count}", *cells])
+    return _table(["Shape", "Arm", "rounds", "to plain", "to own"], rows)
 
 
 def _rate(answer: Line, *more: str) -> float:
