@@ -6,6 +6,7 @@ also told, since a machine that does something else besides makes wall time mean
 """
 
 import gc
+import json
 import os
 import shutil
 import statistics
@@ -22,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.table import Table
 
 from moescope.analysis.aggregate import FILE_NAME, build_aggregate
 from moescope.analysis.inference import (
@@ -37,7 +37,7 @@ from moescope.tracer.store import StoreWriter, committed_files, read_manifest
 POSITIVE_DOMAINS = {"intent", "law"}
 SIDES = {"positive": "positive", "negative": "negative", "segment": "prompt"}
 
-console = Console()
+console = Console(width=200)
 
 
 def tile(esft: Path, folder: Path, copies: int) -> tuple[Path, int]:
@@ -80,27 +80,28 @@ def timed(rounds: int, work: Callable[[], Any]) -> tuple[list[float], float]:
 
 
 def bench_rd(esft: Path, rounds: int, copies: tuple[int, ...] = (31, 301)) -> None:
-    """Everything about risk differences that has a goal."""
+    """Everything about risk differences that has a goal; a line as soon as it is known."""
     folder = Path(tempfile.mkdtemp())
-    table = Table("what", "tokens", "seconds: median", "min", "max", "CPU seconds", "peak MiB")
+    try:
+        _bench(folder, esft, rounds, copies)
+    finally:
+        shutil.rmtree(folder)  # ten million tokens are 3.5 GB
+    console.print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
-    def row(what: str, size: str, wall: list[float], cpu: float, peak: str = "") -> None:
-        times = (statistics.median(wall), min(wall), max(wall), cpu)
-        table.add_row(what, size, *(f"{seconds:.2f}" for seconds in times), peak)
 
+def _bench(folder: Path, esft: Path, rounds: int, copies: tuple[int, ...]) -> None:
+    row("what", "tokens", "seconds: median", "min", "max", "CPU seconds", "peak MiB")
     for count in copies:
         store, tokens = tile(esft, folder, count)
         few = rounds if count < 100 else 1
         for options in _rd_options():
-            peak = _peak_mib(store, options)
-            work = _work(store, options)
-            row(f"RD, {_name(options)}", f"{tokens:,}", *timed(few, work), peak)
-        build = partial(build_aggregate, store)
-        row("building the aggregate", f"{tokens:,}", *timed(1, build))
+            measured(f"RD, {_name(options)}", f"{tokens:,}", *alone(store, options, few))
+        measured(
+            "building the aggregate", f"{tokens:,}", *timed(1, partial(build_aggregate, store))
+        )
         for options in _rd_options():
-            peak = _peak_mib(store, options)
-            work = _work(store, options)
-            row(f"RD of the aggregate, {_name(options)}", f"{tokens:,}", *timed(few, work), peak)
+            what = f"RD of the aggregate, {_name(options)}"
+            measured(what, f"{tokens:,}", *alone(store, options, few))
     rng = np.random.default_rng(0)
     rates = rng.binomial(150, 0.1, (2, 2000, 1664)) / 150
     ones = np.ones(2000)
@@ -111,13 +112,21 @@ def bench_rd(esft: Path, rounds: int, copies: tuple[int, ...] = (31, 301)) -> No
         bootstrap_interval(pairs, bootstrap_differences(pairs, 2000, draw))
 
     size = "2,000 pairs x 1,664"
-    row("2,000 resamples and intervals", size, *timed(rounds, bootstrap))
-    p = timed(rounds, lambda: permutation_p(pairs, lambda _: pairs, 2000, 0))
-    row("2,000 sign flips", size, *p)
-    _compare_with_loop(folder / f"tiled-{copies[0]}", esft, row)
-    console.print(table)
-    shutil.rmtree(folder)  # ten million tokens are 3.5 GB
-    console.print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    measured("2,000 resamples and intervals", size, *timed(rounds, bootstrap))
+    flips = timed(rounds, lambda: permutation_p(pairs, lambda _: pairs, 2000, 0))
+    measured("2,000 sign flips", size, *flips)
+    _compare_with_loop(folder / f"tiled-{copies[0]}", esft)
+
+
+def row(*cells: str) -> None:
+    """Print a line of the table."""
+    console.print(f"{cells[0]:42}" + "".join(f"{cell:>20}" for cell in cells[1:]))
+
+
+def measured(what: str, size: str, wall: list[float], cpu: float, peak: str = "") -> None:
+    """Print what `timed` gave."""
+    times = (statistics.median(wall), min(wall), max(wall), cpu)
+    row(what, size, *(f"{seconds:.2f}" for seconds in times), peak)
 
 
 def _rd_options() -> list[dict[str, Any]]:
@@ -136,23 +145,24 @@ def _work(store: Path, options: dict[str, Any]) -> Callable[[], Any]:
     return lambda: risk_difference(store, **SIDES, **options)
 
 
-def _peak_mib(store: Path, options: dict[str, Any]) -> str:
-    """The peak memory of a process that does this alone."""
-    code = f"import bench_rd, pathlib; bench_rd.peak(pathlib.Path({str(store)!r}), {options!r})"
+def alone(store: Path, options: dict[str, Any], rounds: int) -> tuple[list[float], float, str]:
+    """What `timed` gives for this risk difference in a process of its own, and its peak memory."""
+    code = f"import bench_rd; bench_rd.report({str(store)!r}, {options!r}, {rounds})"
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=here, stdout=subprocess.PIPE, text=True, check=True
     )
-    return done.stdout.strip()
+    wall, cpu, peak = json.loads(done.stdout)
+    return wall, cpu, f"{peak:,.0f}"
 
 
-def peak(store: Path, options: dict[str, Any]) -> None:
-    """Print the peak memory of this process after one risk difference, in MiB."""
-    _work(store, options)()
+def report(store: str, options: dict[str, Any], rounds: int) -> None:
+    """Print what `alone` returns."""
+    wall, cpu = timed(rounds, _work(Path(store), options))
     # Of this program alone; getrusage would count what the parent had before it.
     lines = Path("/proc/self/status").read_text().splitlines()
     [most] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
-    print(f"{int(most) / 1024:,.0f}")
+    print(json.dumps([wall, cpu, int(most) / 1024]))
 
 
 def steermoe_loop(
@@ -174,7 +184,7 @@ def steermoe_loop(
     return counts, tokens
 
 
-def _compare_with_loop(store: Path, esft: Path, row: Callable[..., None]) -> None:
+def _compare_with_loop(store: Path, esft: Path) -> None:
     """The loop over ESFT's own tokens and ours over those and over `store`, per token.
 
     The loop takes its ids from memory; ours reads the store. The numbers must be the same.
@@ -190,7 +200,7 @@ def _compare_with_loop(store: Path, esft: Path, row: Callable[..., None]) -> Non
     ids = ids.reshape(tokens, len(facts.layers), facts.top_k)
     found: list[Any] = []
     loop = timed(1, lambda: found.append(steermoe_loop(ids, positive, facts.num_experts)))
-    row("SteerMoE's loop", f"{tokens:,}", *loop)
+    measured("SteerMoE's loop", f"{tokens:,}", *loop)
     options = {"estimator": "token", "resamples": 0}
     counts, sizes = found[0]
     for expert in risk_difference(once, **SIDES, **options).to_pylist():
