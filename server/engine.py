@@ -58,7 +58,7 @@ class VllmEngine:
 
     async def set_global(self, key: str | None, mask: Mask | None) -> None:
         """See `Engine`."""
-        from moescope.tracer.vllm_seam import CHANGING, salt_of_global_mask
+        from moescope.tracer.vllm_frontend import CHANGING, salt_of_global_mask
 
         # No request may find in the prefix cache what was computed under another global mask: one
         # that runs across the change computes under both. So every change gets a salt of its own.
@@ -78,7 +78,7 @@ class VllmEngine:
 
     def publish(self, slots: Mapping[str, int]) -> None:
         """See `Engine`."""
-        from moescope.tracer.vllm_seam import set_loaded_masks
+        from moescope.tracer.vllm_frontend import set_loaded_masks
 
         set_loaded_masks(self._client, dict(slots))
 

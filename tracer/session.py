@@ -47,7 +47,7 @@ def trace(
         TracerError: rows were lost that the policy promised to keep.
 
     """
-    from moescope.tracer.vllm_seam import set_default_request
+    from moescope.tracer.vllm_frontend import set_default_request
     from moescope.tracer.worker import call_workers
 
     load_settings(**settings)  # an error here names the setting, before the engine is asked
@@ -86,7 +86,7 @@ def steer(llm: Any, mask: Mask | None) -> Iterator[None]:
 
 
 def _set_global(llm: Any, mask: Mask | None) -> None:
-    from moescope.tracer.vllm_seam import CHANGING, salt_of_global_mask
+    from moescope.tracer.vllm_frontend import CHANGING, salt_of_global_mask
     from moescope.tracer.worker import call_workers
 
     fields = None if mask is None else mask.model_dump(mode="json", exclude_none=True)
@@ -109,7 +109,7 @@ def masks(llm: Any, *given: Mask) -> Iterator[None]:
     to be in force together with the global mask (MOESCOPE_OWN_MASK) and can't be, and
     SlotsFullError if they are more than the engine has slots (MOESCOPE_SLOTS).
     """
-    from moescope.tracer.vllm_seam import set_loaded_masks
+    from moescope.tracer.vllm_frontend import set_loaded_masks
     from moescope.tracer.worker import call_workers
 
     slots = {mask.name: slot for slot, mask in enumerate(given, 1)}
@@ -160,7 +160,7 @@ def settle(llm: Any) -> dict[str, Any]:
     The engine tells its workers of finished requests with the step after, so an idle engine in
     this process needs one more, empty step.
     """
-    from moescope.tracer.vllm_seam import run_empty_step
+    from moescope.tracer.vllm_frontend import run_empty_step
     from moescope.tracer.worker import call_workers, joined
 
     deadline = time.monotonic() + _SETTLE_TIMEOUT_S
