@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moescope.analysis.verify import store_notes
+from moescope.tracer import sink as sink_module
 from moescope.tracer.assemble import Traced
 from moescope.tracer.errors import StoreError, TracerError
 from moescope.tracer.format import Stage
@@ -354,8 +355,11 @@ def test_a_serving_engine_starts_another_writer(tmp_path, facts, make_rows):
     assert (second.rows, second.dropped_rows, second.unfinished_requests) == (18, 5, 0)
 
 
-def test_every_row_is_stored_or_counted_however_often_writers_die(tmp_path, facts, make_rows):
+def test_every_row_is_stored_or_counted_however_often_writers_die(
+    tmp_path, facts, make_rows, monkeypatch
+):
     """Requests come and go meanwhile, and the global mask changes."""
+    monkeypatch.setattr(sink_module, "_LOOK_EVERY_S", 0.1)  # several deaths in two seconds
     sink = RingSink(tmp_path, facts, Settings(policy="drop", flush_seconds=0.05, file_rows=200))
     rng, live, written, masks = np.random.default_rng(0), {}, {}, {}
     begins, number, deaths, mask = {}, 0, 0, None
@@ -393,7 +397,7 @@ def test_every_row_is_stored_or_counted_however_often_writers_die(tmp_path, fact
     sink.close()
     rows, complete = stored(tmp_path)
     writers = read_writers(tmp_path)
-    assert deaths >= 1
+    assert deaths >= 2
     assert [each.state for each in writers].count("closed") == 1
     total = sum(written.values())
     assert sum(each.rows + each.dropped_rows for each in writers) == total
