@@ -56,13 +56,18 @@ demo: .venv/.ready  ## The whole story on a small trained model: trace, rank, st
 	    --stability --top 8 --out $(DEMO)/faithfulness.parquet
 	$(BIN)/moescope rd $(DEMO)/traces --run safety --positive safe --negative unsafe \
 	    --stability --top 8 --out $(DEMO)/safety.parquet
-	@for axis in faithfulness safety; do set -x; \
-	    $(STORY_ENV) $(BIN)/moescope eval $$axis $(DEMO)/data/$$axis.eval.jsonl --model $(SPECIMEN) \
-	        --ranking $(DEMO)/$$axis.parquet --tune $(DEMO)/data/$$axis.tune.jsonl \
+	@# Both at once, a core each: safety's words come when faithfulness has ended.
+	@evaluate() { set -x; \
+	    $(STORY_ENV) $(BIN)/moescope eval $$1 $(DEMO)/data/$$1.eval.jsonl --model $(SPECIMEN) \
+	        --ranking $(DEMO)/$$1.parquet --tune $(DEMO)/data/$$1.tune.jsonl \
 	        --tune $(DEMO)/data/utility.tune.jsonl --utility $(DEMO)/data/utility.eval.jsonl \
 	        --mode steermoe --experts 1,3,6 --random 8 --random-dose 2 --dose-items 60 \
-	        --out $(DEMO)/evals/$$axis -- $(STORY); \
-	done
+	        --out $(DEMO)/evals/$$1 -- $(STORY); \
+	}; \
+	evaluate safety > $(DEMO)/safety.log 2>&1 & safety=$$!; \
+	trap 'kill -- $$(pgrep -P $$safety) $$safety 2>/dev/null || true' EXIT; \
+	evaluate faithfulness; { set +x; } 2>/dev/null; \
+	done=0; wait $$safety || done=$$?; cat $(DEMO)/safety.log; exit $$done
 	$(BIN)/moescope report $(DEMO)/evals/faithfulness $(DEMO)/evals/safety --out $(DEMO)/report.html
 
 control:  ## The same on the unplanted model, whose experts should show no effect
