@@ -90,7 +90,7 @@ def parse_extra_args(extra_args: Mapping[str, Any] | None, default: TraceRequest
     }
     if not given:
         return default
-    if given.keys() == {"mask"} and isinstance(given["mask"], str) and not default.spans:
+    if given.keys() == {"mask"} and isinstance(given["mask"], str) and default.spans is None:
         return _with_mask(default, given["mask"])
     return _over(default, given)
 

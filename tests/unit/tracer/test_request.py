@@ -67,8 +67,8 @@ def test_a_mask_alone_leaves_the_rest_as_by_default():
         for mask in ("m@1", "m@2", "m@1"):
             wishes = parse_extra_args({"moescope_mask": mask}, default)
             assert wishes == default.model_copy(update={"mask": mask})
-    default = TraceRequest(spans=[("document", 0, 3)])
-    assert parse_extra_args({"moescope_mask": "m@1"}, default).spans == default.spans
+    for default in (TraceRequest(spans=[("document", 0, 3)]), TraceRequest(spans=[])):
+        assert parse_extra_args({"moescope_mask": "m@1"}, default).spans == default.spans
     for bad in ("", 7, "m" * 201):
         with pytest.raises(InputError, match="moescope_mask"):
             parse_extra_args({"moescope_mask": bad}, TraceRequest())
