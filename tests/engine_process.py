@@ -7,8 +7,12 @@ into a store of its own:
 
     store, masks (that requests may name), global (mask or None),
     requests (for each prompt: `wishes` of TraceRequest, `sampling` of SamplingParams)
+    comes    global mask that comes while all requests run, after STEPS, and goes after as many more
 
-The answer has the `generated` token ids of every round, and vLLM's counts of `drafts`.
+With `every_rank`, tensor-parallel rank N > 0 is traced too, into the folder `STORE-rankN`.
+
+The answer has the `generated` token ids of every round, vLLM's counts of `drafts`, and whether
+load balancing `moved` experts.
 """
 
 import json
@@ -21,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-ANSWER = "answer: "
+ANSWER, STEPS = "answer: ", 8
 _PATH = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 # One thread: more of them would wait for one another while other engines run.
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
@@ -50,7 +54,8 @@ def finish(started):
         process.kill()
     for file in (output, errors):
         file.seek(0)
-    assert status == 0, errors.read()[-20_000:]
+    # vLLM's processes say on one what went wrong, and on the other that something did.
+    assert status == 0, f"{output.read()[-20_000:]}\n{errors.read()[-20_000:]}"
     line = next(line for line in output if line.startswith(ANSWER))
     return json.loads(line.removeprefix(ANSWER))
 
@@ -91,6 +96,33 @@ if os.environ.get("ENGINE_PROCESS_COLLECTIVES"):
     CpuCommunicator.reduce_scatterv = _reduce_scatterv
 
 
+# What runs in the workers: sent by value, so these import what they need.
+
+
+def record_too(worker, store):
+    """Let a rank that does not record do so, into a store of its own."""
+    from dataclasses import replace
+
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from moescope.tracer.settings import load_settings
+
+    rank, tracer = get_tp_group().rank_in_group, worker.model_runner.moescope
+    if rank:
+        place = tracer._place
+        tracer._place = replace(place, records=True)
+        tracer.recorder.detach()
+        tracer.attach(f"{store}-rank{rank}", load_settings())
+        tracer._place = place
+
+
+def physical_experts(worker):
+    """Which expert lies where: [layers, physical experts] of every balanced model."""
+    state = getattr(worker.model_runner, "eplb_state", None)
+    models = [] if state is None else state.model_states.values()
+    return [model.physical_to_logical_map.tolist() for model in models]
+
+
 def run(job):
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
@@ -111,7 +143,8 @@ def run(job):
         # none.
         llm.collective_rpc("execute_dummy_batch")
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
-    generated = []
+    every_rank = job.get("every_rank", False)
+    generated, placed = [], llm.collective_rpc(physical_experts) if every_rank else None
     for each in job["rounds"]:
         named = [Mask.model_validate(mask) for mask in each.get("masks", [])]
         whole = Mask.model_validate(each["global"]) if each.get("global") else None
@@ -122,19 +155,32 @@ def run(job):
             )
             for request in each["requests"]
         ]
-        with (
-            trace(llm, store=each["store"]),
-            masks(llm, *named) if named else nullcontext(),
-            steer(llm, whole) if whole else nullcontext(),
-        ):
-            outputs = llm.generate(prompts, params, use_tqdm=False)
+        with trace(llm, store=each["store"]):
+            if every_rank:
+                llm.collective_rpc(record_too, args=(each["store"],))
+            with (
+                masks(llm, *named) if named else nullcontext(),
+                steer(llm, whole) if whole else nullcontext(),
+            ):
+                llm.enqueue(prompts, params, use_tqdm=False)
+                if each.get("comes"):
+                    _step(llm)
+                    with steer(llm, Mask.model_validate(each["comes"])):
+                        _step(llm)
+                outputs = llm.wait_for_completion(use_tqdm=False)
         generated.append([list(output.outputs[0].token_ids) for output in outputs])
     drafts = {
         metric.name.removeprefix("vllm:spec_decode_num_"): metric.value
         for metric in llm.get_metrics()
         if metric.name.startswith("vllm:spec_decode_num_") and hasattr(metric, "value")
     }
-    return {"generated": generated, "drafts": drafts}
+    moved = every_rank and llm.collective_rpc(physical_experts) != placed
+    return {"generated": generated, "drafts": drafts, "moved": moved}
+
+
+def _step(llm):
+    for _ in range(STEPS):
+        llm.llm_engine.step()
 
 
 if __name__ == "__main__":

@@ -58,3 +58,23 @@ def traced_rows(store, run=None):
         assert key not in out, f"{key} twice"
         out[key] = (tokens, np.array(experts).reshape(size), np.array(weights).reshape(size))
     return out
+
+
+def assert_ranks_alike(one, other):
+    """Two ranks of a tensor-parallel engine stored the same rows, to the bit, under the same masks.
+
+    Returns how many.
+    """
+    from moescope.analysis import open_store
+
+    rows, others = (
+        open_store(store)
+        .execute(
+            "SELECT coalesce(example_id, request_id), position, token_id, tokens.mask, expert_ids, "
+            "gate_weights FROM tokens JOIN requests USING (request_id) ORDER BY ALL"
+        )
+        .fetchall()
+        for store in (one, other)
+    )
+    assert rows == others
+    return len(rows)

@@ -29,3 +29,37 @@ def violations(mask, experts, first=0):
         chosen = (experts[:, entry.layer - first] == entry.expert).any(-1)
         count += int((chosen == (entry.action == "deactivate")).sum())
     return count
+
+
+def assert_comes_and_goes(store, mask, first=0):
+    """A global mask that came while requests ran, and went: all layers obey it for the same tokens.
+
+    Those that the trace says it was in force for. Just before it came, and just after it went,
+    no layer obeys it for all requests: a layer or a rank that changed in another step would.
+    """
+    from moescope.analysis import open_store
+    from moescope.tracer.store import read_manifest
+
+    shape = read_manifest(store).shape
+    requests = (
+        open_store(store)
+        .execute(
+            "SELECT list(mask ORDER BY position), list(expert_ids ORDER BY position) "
+            "FROM tokens GROUP BY request_id"
+        )
+        .fetchall()
+    )
+    edges = []
+    for names, experts in requests:
+        assert set(names) == {None, mask["name"]}
+        under = [index for index, name in enumerate(names) if name is not None]
+        begin, end = under[0], under[-1] + 1
+        assert under == list(range(begin, end))
+        experts = np.array(experts).reshape(-1, len(shape.layers), shape.top_k)
+        assert violations(mask, experts[begin:end], first) == 0
+        edges.append(experts[[begin - 1, end]])
+    for edge in np.stack(edges, axis=1):  # [requests, layers, top_k]
+        for layer in shape.layers:
+            of_layer = [entry for entry in mask["entries"] if entry["layer"] == layer]
+            assert violations(mask | {"entries": of_layer}, edge, first) > 0
+    return len(requests)

@@ -217,7 +217,8 @@ class Bench:
         """What comes when, on which cards; engines on several cards take a share of each."""
         if not self.given.parallel:
             return plan(shape, self.cards, gib, self.wanted)
-        return plan(replace(shape, weight_bytes=shape.weight_bytes // 2), [0], gib, self.wanted)
+        halved = replace(shape, weight_bytes=shape.weight_bytes // 2)
+        return plan(halved, self.cards[:1], gib, self.wanted)
 
     def environment(self, cards: str, kind: str) -> dict[str, str]:
         """Of an engine's process."""
@@ -335,10 +336,11 @@ class Bench:
                 took[workload] = time.monotonic() - began
                 if "plain" not in answers:
                     continue
+                # All arms alike, and as many as make the plain one long enough. The first round is
+                # slower than those to come: what it took is not the last word.
+                used, one = repeats[workload], answers["plain"]["seconds"] / repeats[workload]
+                repeats[workload] = max(used, math.ceil(LEAST_UNIT_S / one))
                 if not index:
-                    # All arms alike, and as many as make the plain one long enough.
-                    seconds = answers["plain"]["seconds"]
-                    repeats[workload] = max(1, math.ceil(LEAST_UNIT_S / seconds))
                     continue
                 failed = [arm for arm in arms if arm not in answers]
                 size = str(self.workloads[workload])
@@ -348,7 +350,7 @@ class Bench:
                     workload=workload,
                     size=size,
                     round=number,
-                    repeats=repeats[workload],
+                    repeats=used,
                     arms=answers,
                     failed=failed,
                 )

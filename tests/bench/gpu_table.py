@@ -140,11 +140,15 @@ def _pairs(
 
 def _whole(lines: list[Line]) -> list[str]:
     """The ratios of all workloads together, of which there are enough to tell one per cent."""
-    single = [line for line in lines if not line.get("parallel")]
-    names = sorted({line["shape"] for line in single if line["kind"] == "round"})
+    groups: dict[tuple[int, str], list[Line]] = defaultdict(list)
+    for line in lines:
+        if line["kind"] == "round":
+            shape, _, parallel = _what(line)
+            groups[2 if parallel else 0, f"{shape}{_PARALLEL[parallel]}"].append(line)
+            if not parallel:
+                groups[1, "all on one card"].append(line)
     rows = []
-    for name in [*names, "all"]:
-        mine = [line for line in single if name in ("all", line.get("shape"))]
+    for (_, name), mine in sorted(groups.items()):
         for arm in [arm for arm in ARMS if arm not in ("plain", "drop", "steermoe")]:
             cells = []
             for other in ("plain", _of_own_engine(arm)):

@@ -3,17 +3,20 @@
 At the widths of two published models, four layers deep, with random weights; CUDA graphs and
 torch.compile as vLLM sets them. In bfloat16 ranks add up in another order, so rows are held to
 transformers', as those of one GPU are (test_gpu_parity.py), and to those of one GPU where the
-tokens are the same: in the prompts. Masks too: a rank that ran other experts than the first one
-traced would change what every later layer routes.
+tokens are the same: in the prompts. Ranks that route alike are traced each into a store of its own,
+and those are the same to the bit, with masks, and with a global one that comes and goes while
+requests run.
 """
 
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from engine_process import finish, start
-from engines import traced_rows
-from mask_cases import mask_of, violations
+from engines import assert_ranks_alike, traced_rows
+from mask_cases import assert_comes_and_goes, mask_of, violations
 from reference_routing import assert_as_near_as_rounding
 
 from moescope.analysis import open_store
@@ -25,7 +28,10 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-NUM_PROMPTS, NUM_TOKENS, NUM_LAYERS = 16, 24, 4
+NUM_PROMPTS, NUM_LAYERS = 16, 4
+AT_ONCE = 4  # engines of a model: to start, each waits for imports and compilers most of the time
+# New tokens of a request. The first round is long: experts are balanced in it, before the others.
+ROUNDS = {"changed": 200, "plain": 24, "masked": 24}
 SHAPES = {
     "deepseek_v2": {  # DeepSeek-V2-Lite's
         "hidden_size": 2048,
@@ -72,7 +78,11 @@ OPTIONS = {
     "gpu_memory_utilization": 0.02,
     "kv_cache_memory_bytes": 1 << 30,
 }
-STEERED = {"MOESCOPE_STEER": "on", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+STEERED = {
+    "MOESCOPE_STEER": "on",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # `every_rank` sends a function
+}
 
 
 def mask_for(i):
@@ -86,7 +96,7 @@ class Model:
         from moescope.clients.specimen import make_specimen
 
         make_specimen(folder, arch, num_hidden_layers=NUM_LAYERS, **SHAPES[arch])
-        self.folder, shape = folder, SHAPES[arch]
+        self.arch, self.folder, shape = arch, folder, SHAPES[arch]
         self.first = 1 if arch == "deepseek_v2" else 0  # a dense layer comes before
         layers = range(self.first, NUM_LAYERS)
         experts = shape.get("num_experts") or shape["n_routed_experts"]
@@ -95,34 +105,39 @@ class Model:
         self.prompts = [rng.integers(10, 900, 5 + 9 * i).tolist() for i in range(NUM_PROMPTS)]
 
     def run(self, layout, folder):
-        """Trace all prompts without masks and with; the two stores."""
+        """Trace all prompts in three rounds; their stores, and whether experts were moved."""
+        began = time.monotonic()
         numbers, environments = [range(NUM_PROMPTS)], [{}]
         if layout.startswith("DP"):
             # The second replica has less to do, and takes part in the other's steps.
             numbers, environments = [range(10), range(10, NUM_PROMPTS)], replicas()
-        stores = [folder / "plain", folder / "masked"]
+        stores = {name: folder / name for name in ROUNDS}
+        more = {
+            "changed": {"comes": self.masks["G"]},
+            "plain": {},
+            "masked": {"masks": [self.masks["A"], self.masks["B"]], "global": self.masks["G"]},
+        }
         started = []
         for mine, environment in zip(numbers, environments, strict=True):
             rounds = []
-            for store in stores:
-                masked = store.name == "masked"
+            for name, tokens in ROUNDS.items():
                 requests = [
                     {
                         "wishes": {"example_id": f"{i}"}
-                        | ({"mask": mask_for(i)} if masked else {}),
-                        "sampling": {"max_tokens": NUM_TOKENS},
+                        | ({"mask": mask_for(i)} if name == "masked" else {}),
+                        "sampling": {"max_tokens": tokens},
                     }
                     for i in mine
                 ]
-                given = self.masks
-                more = {"masks": [given["A"], given["B"]], "global": given["G"]} if masked else {}
-                rounds.append({"store": str(store), "requests": requests} | more)
+                rounds.append({"store": str(stores[name]), "requests": requests} | more[name])
             job = {"model": str(self.folder), "options": OPTIONS | LAYOUTS[layout]}
             job |= {"rounds": rounds, "prompts": [self.prompts[i] for i in mine]}
-            started.append(start(job, **STEERED | environment))
-        for each in started:
-            finish(each)
-        return stores
+            # Engines that start at the same time must not compile into one folder.
+            environment |= STEERED | {"VLLM_CACHE_ROOT": str(folder / "cache")}
+            started.append(start(job | {"every_rank": True}, **environment))
+        answers = [finish(each) for each in started]
+        print(f"{layout}: {time.monotonic() - began:.0f} s")
+        return stores, [answer["moved"] for answer in answers]
 
 
 def replicas():
@@ -144,33 +159,54 @@ def model(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(model, tmp_path_factory):
+def runs(model, request, tmp_path_factory):
+    """{layout: what `Model.run` will have returned}, of the layouts to be tested."""
+    wanted = {"one GPU"} | {
+        item.callspec.params["layout"]
+        for item in request.session.items
+        if item.module is request.module and item.callspec.params["model"] == model.arch
+    }
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {
+            layout: pool.submit(model.run, layout, tmp_path_factory.mktemp("run"))
+            for layout in LAYOUTS
+            if layout in wanted
+        }
+
+
+@pytest.fixture(scope="module")
+def alone(model, runs):
     """What one GPU traces: the stores, and how far its rows are from transformers'."""
-    stores = model.run("one GPU", tmp_path_factory.mktemp("alone"))
-    return stores, assert_as_near_as_rounding("one GPU", model.folder, traced_rows(stores[0]))
+    stores, _ = runs["one GPU"].result()
+    return stores, assert_as_near_as_rounding("one GPU", model.folder, traced_rows(stores["plain"]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_and_masks_are_right(layout, model, alone, tmp_path):
-    stores = alone[0] if layout == "one GPU" else model.run(layout, tmp_path)
-    for store in stores:
+def test_rows_and_masks_are_right(layout, model, runs, alone):
+    stores, moved = runs[layout].result()
+    assert all(moved) == (layout == "EP=2 balanced")
+    for store in stores.values():
         assert verify_store(store) == []
-    rows = traced_rows(stores[0])
+        if layout.startswith(("TP", "EP")):
+            print(f"{layout}: {assert_ranks_alike(store, f'{store}-rank1')} rows of two ranks")
+    rows = traced_rows(stores["plain"])
     assert rows.keys() == {f"{i}" for i in range(NUM_PROMPTS)}
-    lengths = [len(prompt) + NUM_TOKENS - 1 for prompt in model.prompts]
+    lengths = [len(prompt) + ROUNDS["plain"] - 1 for prompt in model.prompts]
     assert [len(rows[f"{i}"][0]) for i in range(NUM_PROMPTS)] == lengths
     assert assert_as_near_as_rounding(layout, model.folder, rows).compared > 1000
-    steered = traced_rows(stores[1])
+    steered = traced_rows(stores["masked"])
     for i in range(NUM_PROMPTS):
         for mask in model.masks.values():
             obeyed = violations(mask, steered[f"{i}"][1], model.first) == 0
             assert obeyed == (mask["name"] == (mask_for(i) or "G")), (i, mask["name"])
-    said = open_store(stores[1]).execute(
+    said = open_store(stores["masked"]).execute(
         "SELECT DISTINCT example_id, tokens.mask FROM tokens JOIN requests USING (request_id)"
     )
     assert dict(said.fetchall()) == {f"{i}": mask_for(i) or "G" for i in range(NUM_PROMPTS)}
-    for one, other in zip(alone[0], stores, strict=True):
-        assert_prompts_alike(layout, model, traced_rows(one), traced_rows(other), alone[1].rate)
+    assert assert_comes_and_goes(stores["changed"], model.masks["G"], model.first) == NUM_PROMPTS
+    for name in ("plain", "masked"):
+        one, other = traced_rows(alone[0][name]), traced_rows(stores[name])
+        assert_prompts_alike(layout, model, one, other, alone[1].rate)
 
 
 def assert_prompts_alike(layout, model, one, other, rate):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from engine_process import ONE_PROCESS, finish, start
-from engines import open_engine, traced_rows
-from mask_cases import mask_of, violations
+from engines import assert_ranks_alike, open_engine, traced_rows
+from mask_cases import assert_comes_and_goes, mask_of, violations
 
 from moescope.analysis import open_store
 from moescope.analysis.verify import verify_store
@@ -23,7 +23,12 @@ from moescope.tracer.vllm_model import MODULAR_BACKENDS, check_config, find_runn
 pytestmark = pytest.mark.engine
 
 NUM_PROMPTS = 16
-TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+ROUNDS = "plain", "masked", "changed"
+TWO_CORES = {
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # `every_rank` sends a function
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,35 +39,38 @@ def given():
 
 @pytest.fixture(scope="module")
 def engine(specimen, prompts, given, tmp_path_factory):
-    """Run one job of two rounds, without masks and with; returns the stores and what came."""
+    """Run one job of three rounds: without masks, with, and a global one that comes and goes.
 
-    def run(options, chosen=(range(NUM_PROMPTS),), environments=({},)):
-        stores = [tmp_path_factory.mktemp("store") for _ in range(2)]
+    Returns their stores.
+    """
+
+    def run(options, chosen=(range(NUM_PROMPTS),), environments=({},), every_rank=False):
+        folder = tmp_path_factory.mktemp("stores")
+        stores = [folder / name for name in ROUNDS]
+        more = {
+            "plain": {},
+            "masked": {"masks": [given["A"], given["B"]], "global": given["G"]},
+            "changed": {"comes": given["G"]},
+        }
         started = []
         for numbers, environment in zip(chosen, environments, strict=True):
-            plain, masked = (
-                [
+            rounds = []
+            for store in stores:
+                requests = [
                     {
-                        "wishes": {"example_id": f"{i}"} | ({"mask": mask_for(i)} if mask else {}),
-                        "sampling": {"max_tokens": 8},
+                        "wishes": {"example_id": f"{i}"}
+                        | ({"mask": mask_for(i)} if store.name == "masked" else {}),
+                        "sampling": {"max_tokens": 60 if store.name == "changed" else 8},
                     }
                     for i in numbers
                 ]
-                for mask in (False, True)
-            )
+                rounds.append({"store": str(store), "requests": requests} | more[store.name])
             job = {
                 "model": str(specimen("qwen3_moe")),
                 "options": options,
                 "prompts": [prompts[i] for i in numbers],
-                "rounds": [
-                    {"store": str(stores[0]), "requests": plain},
-                    {
-                        "store": str(stores[1]),
-                        "requests": masked,
-                        "masks": [given["A"], given["B"]],
-                        "global": given["G"],
-                    },
-                ],
+                "rounds": rounds,
+                "every_rank": every_rank,
             }
             started.append(start(job, **environment))
         for each in started:
@@ -82,8 +90,9 @@ def alone(engine):
 
 
 def assert_same(alone, stores, given):
-    for one, other in zip(alone, stores, strict=True):
-        assert verify_store(other) == []
+    for store in stores:
+        assert verify_store(store) == []
+    for one, other in zip(alone[:2], stores[:2], strict=True):
         assert read_manifest(other).shape == read_manifest(one).shape
         expected, found = traced_rows(one), traced_rows(other)
         assert expected.keys() == found.keys() == {f"{i}" for i in range(NUM_PROMPTS)}
@@ -103,12 +112,15 @@ def assert_same(alone, stores, given):
         "SELECT DISTINCT example_id, tokens.mask FROM tokens JOIN requests USING (request_id)"
     )
     assert dict(said.fetchall()) == {f"{i}": mask_for(i) or "G" for i in range(NUM_PROMPTS)}
+    assert assert_comes_and_goes(stores[2], given["G"]) == NUM_PROMPTS
 
 
-def test_one_rank_of_a_tensor_parallel_engine_records(engine, alone, given):
-    stores = engine({"tensor_parallel_size": 2}, environments=[TWO_CORES])
+def test_one_rank_of_a_tensor_parallel_engine_records_what_all_of_them_route(engine, alone, given):
+    stores = engine({"tensor_parallel_size": 2}, environments=[TWO_CORES], every_rank=True)
     assert_same(alone, stores, given)
-    assert [writer.layers for writer in read_writers(stores[0])] == [None]
+    for store in stores:
+        assert [writer.layers for writer in read_writers(store)] == [None]
+        assert assert_ranks_alike(store, f"{store}-rank1") > 700
 
 
 def test_the_stages_of_a_pipeline_are_joined(engine, alone, given):
