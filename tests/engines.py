@@ -76,5 +76,7 @@ def assert_ranks_alike(one, other):
         .fetchall()
         for store in (one, other)
     )
-    assert rows == others
+    assert len(rows) == len(others)
+    differ = [(one, other) for one, other in zip(rows, others, strict=True) if one != other]
+    assert not differ, f"{len(differ)} of {len(rows)} rows differ; the first: {differ[0]}"
     return len(rows)

@@ -56,10 +56,12 @@ def assert_comes_and_goes(store, mask, first=0):
         begin, end = under[0], under[-1] + 1
         assert under == list(range(begin, end))
         experts = np.array(experts).reshape(-1, len(shape.layers), shape.top_k)
-        assert violations(mask, experts[begin:end], first) == 0
+        wrong = violations(mask, experts[begin:end], first)
+        assert not wrong, f"{wrong} choices against {mask['name']} among {end - begin} tokens"
         edges.append(experts[[begin - 1, end]])
     for edge in np.stack(edges, axis=1):  # [requests, layers, top_k]
         for layer in shape.layers:
             of_layer = [entry for entry in mask["entries"] if entry["layer"] == layer]
-            assert violations(mask | {"entries": of_layer}, edge, first) > 0
+            unsteered = violations(mask | {"entries": of_layer}, edge, first)
+            assert unsteered, f"layer {layer} obeys {mask['name']} beside the tokens that are its"
     return len(requests)

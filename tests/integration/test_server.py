@@ -383,8 +383,9 @@ def test_the_log_replays_to_the_state(restarted):
 
 @pytest.fixture(scope="module")
 def composing(specimen, tmp_path_factory):
-    """A server on which a request's own mask adds to the global one."""
-    server = Server(tmp_path_factory.mktemp("both"), specimen("qwen3_moe"), own_mask="compose")
+    """A server of two tensor-parallel workers; a request's own mask adds to the global one."""
+    folder, model = tmp_path_factory.mktemp("both"), specimen("qwen3_moe")
+    server = Server(folder, model, "--tensor-parallel-size", "2", own_mask="compose")
     try:
         server.wait()
         masks = {"calm": (1, 2, 3), "storm": (4, 5), "most": range(6, 16)}
