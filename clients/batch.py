@@ -120,7 +120,10 @@ def prepare_job(
 
 
 def engine_arguments(model: str, options: tuple[str, ...]) -> Any:
-    """vLLM's `EngineArgs`; `options` are as `vllm serve` takes them. For this process."""
+    """vLLM's `EngineArgs`; `options` are as `vllm serve` takes them. For this process.
+
+    InputError for data parallelism: the `vllm.LLM` of one process has no replicas.
+    """
     # vLLM's own lines of INFO would drown the progress bar; the user's choice comes first.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # The engine in this process dies with it. In one of its own it would outlive a SIGKILL, go on
@@ -137,6 +140,11 @@ def engine_arguments(model: str, options: tuple[str, ...]) -> Any:
     )
     namespace = EngineArgs.add_cli_args(parser).parse_args(["--model", model, *options])
     arguments = EngineArgs.from_cli_args(namespace)
+    if (replicas := arguments.data_parallel_size) > 1:
+        raise InputError(
+            f"--data-parallel-size {replicas}: one engine runs here; leave the option out. Several "
+            f"trace one job with `moescope trace --ray local --replicas {replicas}` (docs/ray.md)"
+        )
     arguments.use_tqdm_on_load = False
     if arguments.enable_prefix_caching is None:
         arguments.enable_prefix_caching = False  # traced requests do not read it anyway

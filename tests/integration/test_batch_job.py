@@ -154,6 +154,17 @@ def test_too_long_a_line_is_named_and_nothing_is_written(tmp_path, job, specimen
     assert not (tmp_path / "s").exists()
 
 
+def test_replicas_of_one_process_are_refused_and_nothing_is_written(tmp_path, job, specimen):
+    output = run(
+        *("trace", job, "--model", specimen("qwen3_moe"), "--store", tmp_path / "traces", "--"),
+        *("--data-parallel-size", "2"),
+        code=2,
+    )
+    assert "--data-parallel-size 2" in output
+    assert "--ray local --replicas 2" in " ".join(output.split())
+    assert not (tmp_path / "traces").exists()
+
+
 def test_another_text_under_the_same_name_is_refused(whole, job, specimen, tmp_path):
     changed = tmp_path / "job.jsonl"
     text = job.read_text().splitlines()
