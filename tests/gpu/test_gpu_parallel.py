@@ -135,7 +135,11 @@ class Model:
             # Engines that start at the same time must not compile into one folder.
             environment |= STEERED | {"VLLM_CACHE_ROOT": str(folder / "cache")}
             started.append(start(job | {"every_rank": True}, **environment))
-        answers = [finish(each) for each in started]
+        try:
+            answers = [finish(each) for each in started]
+        finally:
+            for process, *_ in started:
+                process.kill()  # a replica would wait for one that failed
         print(f"{layout}: {time.monotonic() - began:.0f} s")
         return stores, [answer["moved"] for answer in answers]
 
