@@ -8,7 +8,6 @@ and those are the same to the bit, with masks, and with a global one that comes 
 requests run.
 """
 
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,10 +15,10 @@ import numpy as np
 import pytest
 from engine_process import finish, start
 from engines import assert_ranks_alike, traced_rows
-from mask_cases import assert_comes_and_goes, mask_of, violations
+from mask_cases import mask_of
+from parallel_cases import NUM_PROMPTS, OF_REPLICAS, assert_masks_obeyed, make_rounds, replicas
 from reference_routing import assert_as_near_as_rounding
 
-from moescope.analysis import open_store
 from moescope.analysis.verify import verify_store
 
 torch = pytest.importorskip("torch")
@@ -28,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-NUM_PROMPTS, NUM_LAYERS = 16, 4
+NUM_LAYERS = 4
 AT_ONCE = 4  # engines of a model: to start, each waits for imports and compilers most of the time
 # New tokens of a request. The first round is long: experts are balanced in it, before the others.
 ROUNDS = {"changed": 200, "plain": 24, "masked": 24}
@@ -85,10 +84,6 @@ STEERED = {
 }
 
 
-def mask_for(i):
-    return (None, "A", "B", "none")[i % 4]
-
-
 class Model:
     """A model on disk, its masks, and what one GPU traced of it."""
 
@@ -105,56 +100,30 @@ class Model:
         self.prompts = [rng.integers(10, 900, 5 + 9 * i).tolist() for i in range(NUM_PROMPTS)]
 
     def run(self, layout, folder):
-        """Trace all prompts in three rounds; their stores, and whether experts were moved."""
+        """Trace all prompts in three rounds; their folder, and whether experts were moved."""
         began = time.monotonic()
-        numbers, environments = [range(NUM_PROMPTS)], [{}]
+        shares, environments = [range(NUM_PROMPTS)], [{}]
         if layout.startswith("DP"):
-            # The second replica has less to do, and takes part in the other's steps.
-            numbers, environments = [range(10), range(10, NUM_PROMPTS)], replicas()
-        stores = {name: folder / name for name in ROUNDS}
-        more = {
-            "changed": {"comes": self.masks["G"]},
-            "plain": {},
-            "masked": {"masks": [self.masks["A"], self.masks["B"]], "global": self.masks["G"]},
-        }
+            shares, environments = OF_REPLICAS, replicas()
         started = []
-        for mine, environment in zip(numbers, environments, strict=True):
-            rounds = []
-            for name, tokens in ROUNDS.items():
-                requests = [
-                    {
-                        "wishes": {"example_id": f"{i}"}
-                        | ({"mask": mask_for(i)} if name == "masked" else {}),
-                        "sampling": {"max_tokens": tokens},
-                    }
-                    for i in mine
-                ]
-                rounds.append({"store": str(stores[name]), "requests": requests} | more[name])
-            job = {"model": str(self.folder), "options": OPTIONS | LAYOUTS[layout]}
-            job |= {"rounds": rounds, "prompts": [self.prompts[i] for i in mine]}
+        for mine, environment in zip(shares, environments, strict=True):
+            job = {
+                "model": str(self.folder),
+                "options": OPTIONS | LAYOUTS[layout],
+                "prompts": [self.prompts[i] for i in mine],
+                "rounds": make_rounds(folder, mine, self.masks, ROUNDS),
+                "every_rank": True,
+            }
             # Engines that start at the same time must not compile into one folder.
             environment |= STEERED | {"VLLM_CACHE_ROOT": str(folder / "cache")}
-            started.append(start(job | {"every_rank": True}, **environment))
+            started.append(start(job, **environment))
         try:
             answers = [finish(each) for each in started]
         finally:
             for process, *_ in started:
                 process.kill()  # a replica would wait for one that failed
         print(f"{layout}: {time.monotonic() - began:.0f} s")
-        return stores, [answer["moved"] for answer in answers]
-
-
-def replicas():
-    """The environments of two data-parallel processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    names = "VLLM_DP_RANK", "VLLM_DP_RANK_LOCAL", "VLLM_DP_SIZE", "VLLM_DP_MASTER_PORT"
-    return [
-        {"VLLM_DP_MASTER_IP": "127.0.0.1"}
-        | dict(zip(names, map(str, (rank, rank, 2, port)), strict=True))
-        for rank in range(2)
-    ]
+        return folder, [answer["moved"] for answer in answers]
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -181,35 +150,28 @@ def runs(model, request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(model, runs):
     """What one GPU traces: the stores, and how far its rows are from transformers'."""
-    stores, _ = runs["one GPU"].result()
-    return stores, assert_as_near_as_rounding("one GPU", model.folder, traced_rows(stores["plain"]))
+    folder, _ = runs["one GPU"].result()
+    rows = traced_rows(folder / "plain")
+    return folder, assert_as_near_as_rounding("one GPU", model.folder, rows)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_and_masks_are_right(layout, model, runs, alone):
-    stores, moved = runs[layout].result()
+    folder, moved = runs[layout].result()
     assert all(moved) == (layout == "EP=2 balanced")
-    for store in stores.values():
+    for name in ROUNDS:
+        store = folder / name
         assert verify_store(store) == []
         if layout.startswith(("TP", "EP")):
             print(f"{layout}: {assert_ranks_alike(store, f'{store}-rank1')} rows of two ranks")
-    rows = traced_rows(stores["plain"])
+    rows = traced_rows(folder / "plain")
     assert rows.keys() == {f"{i}" for i in range(NUM_PROMPTS)}
     lengths = [len(prompt) + ROUNDS["plain"] - 1 for prompt in model.prompts]
     assert [len(rows[f"{i}"][0]) for i in range(NUM_PROMPTS)] == lengths
     assert assert_as_near_as_rounding(layout, model.folder, rows).compared > 1000
-    steered = traced_rows(stores["masked"])
-    for i in range(NUM_PROMPTS):
-        for mask in model.masks.values():
-            obeyed = violations(mask, steered[f"{i}"][1], model.first) == 0
-            assert obeyed == (mask["name"] == (mask_for(i) or "G")), (i, mask["name"])
-    said = open_store(stores["masked"]).execute(
-        "SELECT DISTINCT example_id, tokens.mask FROM tokens JOIN requests USING (request_id)"
-    )
-    assert dict(said.fetchall()) == {f"{i}": mask_for(i) or "G" for i in range(NUM_PROMPTS)}
-    assert assert_comes_and_goes(stores["changed"], model.masks["G"], model.first) == NUM_PROMPTS
+    assert_masks_obeyed(folder, model.masks, model.first)
     for name in ("plain", "masked"):
-        one, other = traced_rows(alone[0][name]), traced_rows(stores[name])
+        one, other = traced_rows(alone[0] / name), traced_rows(folder / name)
         assert_prompts_alike(layout, model, one, other, alone[1].rate)
 
 

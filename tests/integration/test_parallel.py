@@ -5,14 +5,13 @@ backend can't do expert parallelism (its kernel takes the experts of other ranks
 crashes), and for data parallel it lacks two collectives, which `engine_process.Collectives` brings.
 """
 
-import socket
-
 import numpy as np
 import pytest
 import torch
 from engine_process import ONE_PROCESS, finish, start
 from engines import assert_ranks_alike, open_engine, traced_rows
-from mask_cases import assert_comes_and_goes, mask_of, violations
+from mask_cases import mask_of
+from parallel_cases import NUM_PROMPTS, OF_REPLICAS, assert_masks_obeyed, make_rounds, replicas
 
 from moescope.analysis import open_store
 from moescope.analysis.verify import verify_store
@@ -22,8 +21,7 @@ from moescope.tracer.vllm_model import MODULAR_BACKENDS, check_config, find_runn
 
 pytestmark = pytest.mark.engine
 
-NUM_PROMPTS = 16
-ROUNDS = "plain", "masked", "changed"
+ROUNDS = {"plain": 8, "masked": 8, "changed": 60}  # new tokens of a request
 TWO_CORES = {
     "VLLM_CPU_OMP_THREADS_BIND": "0|1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -39,49 +37,25 @@ def given():
 
 @pytest.fixture(scope="module")
 def engine(specimen, prompts, given, tmp_path_factory):
-    """Run one job of three rounds: without masks, with, and a global one that comes and goes.
-
-    Returns their stores.
-    """
+    """Run a job's ROUNDS; returns the folder of their stores."""
 
     def run(options, chosen=(range(NUM_PROMPTS),), environments=({},), every_rank=False):
         folder = tmp_path_factory.mktemp("stores")
-        stores = [folder / name for name in ROUNDS]
-        more = {
-            "plain": {},
-            "masked": {"masks": [given["A"], given["B"]], "global": given["G"]},
-            "changed": {"comes": given["G"]},
-        }
         started = []
         for numbers, environment in zip(chosen, environments, strict=True):
-            rounds = []
-            for store in stores:
-                requests = [
-                    {
-                        "wishes": {"example_id": f"{i}"}
-                        | ({"mask": mask_for(i)} if store.name == "masked" else {}),
-                        "sampling": {"max_tokens": 60 if store.name == "changed" else 8},
-                    }
-                    for i in numbers
-                ]
-                rounds.append({"store": str(store), "requests": requests} | more[store.name])
             job = {
                 "model": str(specimen("qwen3_moe")),
                 "options": options,
                 "prompts": [prompts[i] for i in numbers],
-                "rounds": rounds,
+                "rounds": make_rounds(folder, numbers, given, ROUNDS),
                 "every_rank": every_rank,
             }
             started.append(start(job, **environment))
         for each in started:
             finish(each)
-        return stores
+        return folder
 
     return run
-
-
-def mask_for(i):
-    return (None, "A", "B", "none")[i % 4]
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +63,11 @@ def alone(engine):
     return engine({}, environments=[ONE_PROCESS])
 
 
-def assert_same(alone, stores, given):
-    for store in stores:
-        assert verify_store(store) == []
-    for one, other in zip(alone[:2], stores[:2], strict=True):
+def assert_same(alone, folder, given):
+    for name in ROUNDS:
+        assert verify_store(folder / name) == []
+    for name in ("plain", "masked"):
+        one, other = alone / name, folder / name
         assert read_manifest(other).shape == read_manifest(one).shape
         expected, found = traced_rows(one), traced_rows(other)
         assert expected.keys() == found.keys() == {f"{i}" for i in range(NUM_PROMPTS)}
@@ -103,62 +78,38 @@ def assert_same(alone, stores, given):
             near_ties += int((~same).sum())
             np.testing.assert_allclose(found[key][2][same], weights[same], atol=2e-3)
         assert near_ties <= 3
-    rows = traced_rows(stores[1])
-    for i in range(NUM_PROMPTS):
-        name, experts = mask_for(i) or "G", rows[f"{i}"][1]
-        for mask in given.values():
-            assert (violations(mask, experts) == 0) == (mask["name"] == name)
-    said = open_store(stores[1]).execute(
-        "SELECT DISTINCT example_id, tokens.mask FROM tokens JOIN requests USING (request_id)"
-    )
-    assert dict(said.fetchall()) == {f"{i}": mask_for(i) or "G" for i in range(NUM_PROMPTS)}
-    assert assert_comes_and_goes(stores[2], given["G"]) == NUM_PROMPTS
+    assert_masks_obeyed(folder, given)
 
 
 def test_one_rank_of_a_tensor_parallel_engine_records_what_all_of_them_route(engine, alone, given):
-    stores = engine({"tensor_parallel_size": 2}, environments=[TWO_CORES], every_rank=True)
-    assert_same(alone, stores, given)
-    for store in stores:
-        assert [writer.layers for writer in read_writers(store)] == [None]
-        assert assert_ranks_alike(store, f"{store}-rank1") > 700
+    folder = engine({"tensor_parallel_size": 2}, environments=[TWO_CORES], every_rank=True)
+    assert_same(alone, folder, given)
+    for name in ROUNDS:
+        assert [writer.layers for writer in read_writers(folder / name)] == [None]
+        assert assert_ranks_alike(folder / name, folder / f"{name}-rank1") > 700
 
 
 def test_the_stages_of_a_pipeline_are_joined(engine, alone, given):
-    stores = engine({"pipeline_parallel_size": 2}, environments=[TWO_CORES])
-    assert_same(alone, stores, given)
-    assert sorted(writer.layers for writer in read_writers(stores[0])) == [[0, 1], [2, 3]]
+    folder = engine({"pipeline_parallel_size": 2}, environments=[TWO_CORES])
+    assert_same(alone, folder, given)
+    writers = read_writers(folder / "plain")
+    assert sorted(writer.layers for writer in writers) == [[0, 1], [2, 3]]
     one, other = (
         open_store(store).execute(
             "SELECT example_id, segment, layer, sum(count) FROM activation "
             "JOIN requests USING (request_id) GROUP BY ALL ORDER BY ALL"
         )
-        for store in (alone[0], stores[0])
+        for store in (alone / "plain", folder / "plain")
     )
     assert one.fetchall() == other.fetchall()
 
 
 def test_data_parallel_replicas_write_their_own_files(engine, alone, given):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environments = [
-        TWO_CORES
-        | {
-            "ENGINE_PROCESS_COLLECTIVES": "1",
-            "VLLM_DP_RANK": f"{rank}",
-            "VLLM_DP_RANK_LOCAL": f"{rank}",
-            "VLLM_DP_SIZE": "2",
-            "VLLM_DP_MASTER_IP": "127.0.0.1",
-            "VLLM_DP_MASTER_PORT": port,
-        }
-        for rank in range(2)
-    ]
-    # The second replica has less to do: it takes part in the other's steps with dummy batches.
-    chosen = [range(10), range(10, NUM_PROMPTS)]
+    environments = [TWO_CORES | {"ENGINE_PROCESS_COLLECTIVES": "1"} | each for each in replicas()]
     options = {"worker_extension_cls": "engine_process.Collectives"}
-    stores = engine(options, chosen=chosen, environments=environments)
-    assert_same(alone, stores, given)
-    assert len(read_writers(stores[0])) == 2
+    folder = engine(options, chosen=OF_REPLICAS, environments=environments)
+    assert_same(alone, folder, given)
+    assert len(read_writers(folder / "plain")) == 2
 
 
 @pytest.fixture(scope="module")
