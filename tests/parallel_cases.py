@@ -5,8 +5,6 @@ masked     requests name A, B, none or nothing in turn, and G is the global mask
 changed    G comes while all requests run, and goes
 """
 
-import socket
-
 from engines import traced_rows
 from mask_cases import assert_comes_and_goes, violations
 
@@ -44,19 +42,6 @@ def make_rounds(folder, numbers, masks, tokens):
         ]
         rounds.append({"store": str(folder / name), "requests": requests} | more[name])
     return rounds
-
-
-def replicas():
-    """The environments of two data-parallel processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    names = "VLLM_DP_RANK", "VLLM_DP_RANK_LOCAL", "VLLM_DP_SIZE", "VLLM_DP_MASTER_PORT"
-    return [
-        {"VLLM_DP_MASTER_IP": "127.0.0.1"}
-        | dict(zip(names, map(str, (rank, rank, 2, port)), strict=True))
-        for rank in range(2)
-    ]
 
 
 def assert_masks_obeyed(folder, masks, first=0):

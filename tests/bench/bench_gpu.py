@@ -17,10 +17,10 @@ import json
 import math
 import os
 import platform
+import random
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,12 +35,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from data_parallel import replicas
 from gpu_plan import (
     ARMS,
     CPU_WORKLOADS,
     ENGINES,
     FIRST_START_S,
     LEAST_UNIT_S,
+    METHOD,
     ONE_AT_A_TIME,
     WORKLOADS,
     Phase,
@@ -55,6 +57,7 @@ HERE = Path(__file__).parent
 _START_TIMEOUT_S, _UNIT_TIMEOUT_S = 480.0, 240.0
 # Of the cores, for engines that wait: vLLM's workers spin for a second after their last step.
 _WAITING_ROOM, _FEWEST_CORES = 0.25, 8
+_ERRORS = 10  # lines of a log
 
 
 class EngineError(Exception):
@@ -147,7 +150,10 @@ class Engine:
         self._process.wait()
 
     def _tail(self) -> str:
-        return f"{self.log} ends: {self.log.read_text(errors='replace')[-1500:]}"
+        text = self.log.read_text(errors="replace")
+        # What vLLM's processes say first, and not that others ended because of it.
+        named = [line for line in text.splitlines() if "Error" in line][:_ERRORS]
+        return "\n".join([f"{self.log} has", *named, "and ends", text[-1500:]])
 
 
 class Replicas:
@@ -156,21 +162,7 @@ class Replicas:
     def __init__(
         self, kind: str, shape: Shape, cards: str, cores: list[int], bench: "Bench"
     ) -> None:
-        environments: list[dict[str, str]] = [{}]
-        if bench.given.parallel == "dp":
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            environments = [
-                {
-                    "VLLM_DP_RANK": f"{rank}",
-                    "VLLM_DP_RANK_LOCAL": f"{rank}",
-                    "VLLM_DP_SIZE": f"{len(bench.cards)}",
-                    "VLLM_DP_MASTER_IP": "127.0.0.1",
-                    "VLLM_DP_MASTER_PORT": f"{port}",
-                }
-                for rank in range(len(bench.cards))
-            ]
+        environments = replicas(len(bench.cards)) if bench.given.parallel == "dp" else [{}]
         self._engines = [Engine(kind, shape, cards, cores, bench, e) for e in environments]
         self.cores = cores
 
@@ -181,6 +173,12 @@ class Replicas:
             share = -(-count // len(self._engines))
             for rank, engine in enumerate(self._engines):
                 engine.tell(command | {"workload": [share, prompt, output], "rank": rank})
+            # Replicas that began one after the other would wait for one another in every step.
+            waiting = [engine.answer(timeout_s) for engine in self._engines]
+            if failed := [answer for answer in waiting if "error" in answer]:
+                return failed[0]
+            for engine in self._engines:
+                engine.tell({"go": True})
         return joined([engine.answer(timeout_s) for engine in self._engines])
 
     def move(self, cores: list[int]) -> None:
@@ -343,9 +341,8 @@ class Bench:
                 if number > self.given.rounds or "plain" not in engines or took[workload] > left:
                     continue
                 began, answers = time.monotonic(), {}
-                turn = number % len(arms)
-                # The order turns, so that no arm always follows the same other one.
-                for arm in arms[turn:] + arms[:turn]:
+                # No arm always follows the same other one.
+                for arm in random.Random(f"{workload} {number}").sample(arms, len(arms)):
                     kind = ARMS[arm].engine
                     if kind not in engines or arm in broken:
                         continue
@@ -572,7 +569,7 @@ def main() -> None:
     print(f"about {total / 60:.0f} minutes, at the speed of DeepSeek-V2-Lite on an H100")
     if given.plan:
         return
-    bench.save("session", argv=sys.argv[1:], **facts)
+    bench.save("session", argv=sys.argv[1:], method=METHOD, **facts)
     try:
         if given.http:
             run_http(bench, shapes)

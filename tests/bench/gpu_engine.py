@@ -1,7 +1,11 @@
 """One engine of the GPU benchmark, in a process of its own: commands in, measurements out.
 
     stdin    {"arm": "traced", "workload": [count, prompt, output], "seed": 3, "repeats": 1}
-    fd N     {"seconds": 1.84, "tokens": 36608, ...}  or  {"error": "..."}; at first {"ready": ...}
+    fd N     {"waits": true}, when all is prepared
+    stdin    {"go": true}
+    fd N     {"seconds": 1.84, "tokens": 36608, ...}
+
+At first there is {"ready": ...}, and in place of an answer there may be {"error": "..."}.
 
 Everything else that vLLM prints goes to the log. The end of stdin is the end of the engine, so
 that none is left behind when the benchmark is killed.
@@ -16,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ _GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 # A nonzero bias takes the tokens through the whole edit, and this one changes no logit.
 _NO_BIAS = 1e-30
 _NUM_MASKS, _STEERED_EXPERTS = 8, 4
+_WARM_UP_STEPS = 8
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -162,11 +167,11 @@ def _harmless_masks(llm: Any) -> list[Any]:
     return [Mask.model_validate(one) for one in fields]
 
 
-def _params(arm: str, index: int, output: int) -> Any:
+def _params(arm: str, index: int, output: int, traced: bool = True) -> Any:
     from vllm import SamplingParams
 
     wishes: dict[str, Any] = {}
-    if arm == "tenth" and index % 10:
+    if not traced or (arm == "tenth" and index % 10):
         wishes["moescope_trace"] = "off"
     if arm in ("masks", "both"):
         wishes["moescope_mask"] = f"m{index % _NUM_MASKS}"
@@ -179,28 +184,42 @@ def _params(arm: str, index: int, output: int) -> Any:
     )
 
 
+def warm_up(llm: Any, arm: str, batch: list[Any], output: int) -> None:
+    """Run a batch for a few steps, untraced: the engine waited while others ran."""
+    output = min(output, _WARM_UP_STEPS)
+    params = [_params(arm, index, output, traced=False) for index in range(len(batch))]
+    llm.generate(batch, params, use_tqdm=False)
+
+
 def measure(
-    llm: Any, given: dict[str, Any], command: dict[str, Any], saved: Path
+    llm: Any,
+    given: dict[str, Any],
+    command: dict[str, Any],
+    saved: Path,
+    wait: Callable[[], None],
 ) -> dict[str, Any]:
-    """Run one timed unit."""
+    """Run one timed unit; `wait` returns when it may begin."""
     import numpy as np
 
     arm, repeats = command["arm"], command["repeats"]
     count, prompt, output = command["workload"]
     rng = np.random.default_rng([command["seed"], command.get("rank", 0)])
     # New ones in every round, the same for all arms of it: none is in a prefix cache.
-    ids = rng.integers(10, min(given["vocab"], 30_000), (repeats, count, prompt)).tolist()
-    batches = [[{"prompt_token_ids": one} for one in batch] for batch in ids]
+    ids = rng.integers(10, min(given["vocab"], 30_000), (repeats + 1, count, prompt)).tolist()
+    first, *batches = [[{"prompt_token_ids": one} for one in batch] for batch in ids]
     params = [_params(arm, index, output) for index in range(count)]
     llm.reset_prefix_cache()
     gc.collect()
     with tempfile.TemporaryDirectory(dir=given["folder"]) as folder:
         store = Path(folder) / "traces"
         with around(llm, arm, store):
+            if arm != "steermoe":  # which saves what it runs
+                warm_up(llm, arm, first, output)
             before = llm.collective_rpc(look)[0]
             pid = before.pop("writer", None)
             cpu = 0.0 if pid is None else _cpu_seconds(pid)
             with _stopped(pid if arm == "drop" else None):
+                wait()
                 start = time.perf_counter()
                 for batch in batches:
                     llm.generate(batch, params, use_tqdm=False)
@@ -282,9 +301,15 @@ def main() -> None:
             llm.collective_rpc(save_logits, args=(str(saved),))
         seconds = round(time.perf_counter() - start, 1)
         answer(ready=True, start_s=seconds, **llm.collective_rpc(look)[0])
-        for line in sys.stdin:
+
+        def wait() -> None:
+            answer(waits=True)
+            if not sys.stdin.readline():
+                sys.exit()
+
+        while line := sys.stdin.readline():
             try:
-                answer(**measure(llm, given, json.loads(line), saved))
+                answer(**measure(llm, given, json.loads(line), saved, wait))
             except Exception:
                 traceback.print_exc()
                 answer(error=traceback.format_exc(limit=-3)[-2000:])

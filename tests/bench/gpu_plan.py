@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 GIB = 1 << 30
+# How a unit is timed. Older rounds of an arm are shown until it is measured under a new number.
+#   1  arms in turn, each at once after the other
+#   2  in random order, after a warm-up; replicas begin together
+METHOD = 2
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,11 @@ def tables(lines: list[Line]) -> str:
 
 
 def newest(lines: list[Line]) -> list[Line]:
-    """Of every arm of a workload, the rounds of the tracer sources that measured it last."""
+    """Of every arm of a workload, the rounds of the sources and method that measured it last."""
     sources = {
-        line["session"]: line["tracer_sha256"] for line in lines if line["kind"] == "session"
+        line["session"]: (line["tracer_sha256"], line.get("method", 1))
+        for line in lines
+        if line["kind"] == "session"
     }
     last = {}
     for line in lines:

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from data_parallel import replicas
 from engine_process import finish, start
 from engines import assert_ranks_alike, traced_rows
 from mask_cases import mask_of
-from parallel_cases import NUM_PROMPTS, OF_REPLICAS, assert_masks_obeyed, make_rounds, replicas
+from parallel_cases import NUM_PROMPTS, OF_REPLICAS, assert_masks_obeyed, make_rounds
 from reference_routing import assert_as_near_as_rounding
 
 from moescope.analysis.verify import verify_store
@@ -58,7 +59,10 @@ SHAPES = {
 EXPERTS = {"enable_expert_parallel": True}
 BALANCED = EXPERTS | {
     "enable_eplb": True,
-    "eplb_config": {"window_size": 8, "step_interval": 16, "num_redundant_experts": 2},
+    # Experts are first moved after a quarter of the interval. Of 16 that is in the steps with which
+    # vLLM 0.32 warms up: its thread then copies experts while CUDA graphs are captured, which now
+    # and then spoils the graphs, and the engine does not start.
+    "eplb_config": {"window_size": 8, "step_interval": 256, "num_redundant_experts": 2},
 }
 LAYOUTS = {
     "one GPU": {},
@@ -104,7 +108,7 @@ class Model:
         began = time.monotonic()
         shares, environments = [range(NUM_PROMPTS)], [{}]
         if layout.startswith("DP"):
-            shares, environments = OF_REPLICAS, replicas()
+            shares, environments = OF_REPLICAS, replicas(2)
         started = []
         for mine, environment in zip(shares, environments, strict=True):
             job = {

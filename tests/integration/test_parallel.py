@@ -8,10 +8,11 @@ crashes), and for data parallel it lacks two collectives, which `engine_process.
 import numpy as np
 import pytest
 import torch
+from data_parallel import replicas
 from engine_process import ONE_PROCESS, finish, start
 from engines import assert_ranks_alike, open_engine, traced_rows
 from mask_cases import mask_of
-from parallel_cases import NUM_PROMPTS, OF_REPLICAS, assert_masks_obeyed, make_rounds, replicas
+from parallel_cases import NUM_PROMPTS, OF_REPLICAS, assert_masks_obeyed, make_rounds
 
 from moescope.analysis import open_store
 from moescope.analysis.verify import verify_store
@@ -105,7 +106,7 @@ def test_the_stages_of_a_pipeline_are_joined(engine, alone, given):
 
 
 def test_data_parallel_replicas_write_their_own_files(engine, alone, given):
-    environments = [TWO_CORES | {"ENGINE_PROCESS_COLLECTIVES": "1"} | each for each in replicas()]
+    environments = [TWO_CORES | {"ENGINE_PROCESS_COLLECTIVES": "1"} | each for each in replicas(2)]
     options = {"worker_extension_cls": "engine_process.Collectives"}
     folder = engine(options, chosen=OF_REPLICAS, environments=environments)
     assert_same(alone, folder, given)
