@@ -61,11 +61,7 @@ def serve(
     -- --max-model-len 4096 --trust-remote-code`
     """
     from moescope.server.serve import serve as run
-    from moescope.tracer.object_path import ObjectPath, store_path
 
-    place = None if store is None else store_path(store)
-    if isinstance(place, ObjectPath):
-        place.check_bucket()  # before a model is loaded for minutes
     options = ["--host", host, "--port", str(port)]
     if api_key:
         options += ["--api-key", *api_key]
@@ -73,7 +69,7 @@ def serve(
         model,
         [*options, *(vllm_options or ())],
         masks=masks,
-        store=place,
+        store=store,
         admin_key=admin_key,
         slots=slots,
         own_mask=own_mask,

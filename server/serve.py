@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from moescope.server.settings import ServerSettings, give_settings, load_server_settings
 from moescope.tracer.errors import InputError, MoescopeError
-from moescope.tracer.object_path import Where, store_path
+from moescope.tracer.object_path import ObjectPath, Where, store_path
 from moescope.tracer.settings import load_settings
 
 PLUGIN = "moescope"
@@ -38,20 +38,24 @@ def serve(
         model: model folder or Hugging Face name.
         options: those of `vllm serve`.
         masks: folder of the masks, made if there is none.
-        store: trace store, made if there is none; without one nothing can be traced.
+        store: trace store, made if there is none; that of the environment if not given. Without one
+            nothing can be traced.
         admin_key: what control-plane routes ask for; the environment's if not given.
         slots: how many masks requests can use at once.
         own_mask: whether a request's own mask is to "replace" the global one or "compose" with it.
 
     Raises:
-        MoescopeError: the server would be open to others, or the model can't be steered.
+        MoescopeError: the server would be open to others, the store's bucket can't be seen, or the
+            model can't be steered.
 
     """
     settings = load_server_settings(
         masks=masks.absolute(), admin_key=None if admin_key is None else SecretStr(admin_key)
     )
     prepare_environment(os.environ, store=store, slots=slots, own_mask=own_mask)
-    load_settings()
+    place = load_settings().store
+    if place is not None and isinstance(path := store_path(place), ObjectPath):
+        path.check_bucket()  # before a model is loaded for minutes
     give_settings(settings)
     _run(["--model", model, *options], settings)
 

@@ -1,11 +1,12 @@
 from argparse import Namespace
 
 import pytest
+from object_servers import S3Server
 
 from moescope.server.plugin import check_arguments
 from moescope.server.serve import prepare_environment, serve
 from moescope.server.settings import load_server_settings
-from moescope.tracer.errors import InputError
+from moescope.tracer.errors import InputError, StoreError
 
 
 def arguments(**fields):
@@ -63,6 +64,19 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key, tmp_path, 
     with pytest.raises(InputError, match="admin_key must") as error:
         serve("model", masks=tmp_path)
     assert not key or key not in str(error.value)
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_a_bucket_that_is_not_there_is_found_before_the_model_is_loaded(by, tmp_path, monkeypatch):
+    storage, url = S3Server(), "s3://no-such-bucket/traces"
+    more = {"MOESCOPE_STORE": url, "MOESCOPE_STEER": "on", "MOESCOPE_POLICY": "drop"}
+    for name, value in (storage.environment | more | {"VLLM_PLUGINS": ""}).items():
+        monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(StoreError, match="no bucket 'no-such-bucket'"):
+            serve("model", masks=tmp_path, store=url if by == "argument" else None)
+    finally:
+        storage.close()
 
 
 def test_settings_come_from_arguments_then_from_the_environment(monkeypatch, tmp_path):
