@@ -152,7 +152,7 @@ class Engine:
     def _tail(self) -> str:
         text = self.log.read_text(errors="replace")
         # What vLLM's processes say first, and not that others ended because of it.
-        named = [line for line in text.splitlines() if "Error" in line][:_ERRORS]
+        named = [line for line in text.splitlines() if "Error:" in line][:_ERRORS]
         return "\n".join([f"{self.log} has", *named, "and ends", text[-1500:]])
 
 

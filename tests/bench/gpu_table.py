@@ -311,6 +311,7 @@ def _failures(lines: list[Line]) -> list[str]:
     for line in lines:
         if line["kind"] == "failed":
             texts = line["error"].strip().splitlines()
-            named = [text for text in texts if "Error" in text] or texts
-            failed[line.get("arm") or line["engine"]] = named[-1].strip()
+            named = [text for text in texts if "Error:" in text] or texts
+            # An engine's log begins with the cause; an arm's traceback ends with it.
+            failed[line.get("arm") or line["engine"]] = named[-1 if "arm" in line else 0].strip()
     return [f"Failed: {name}: `{text}`" for name, text in failed.items()]
