@@ -174,11 +174,12 @@ class Replicas:
             for rank, engine in enumerate(self._engines):
                 engine.tell(command | {"workload": [share, prompt, output], "rank": rank})
             # Replicas that began one after the other would wait for one another in every step.
-            waiting = [engine.answer(timeout_s) for engine in self._engines]
-            if failed := [answer for answer in waiting if "error" in answer]:
-                return failed[0]
-            for engine in self._engines:
-                engine.tell({"go": True})
+            prepared = [engine.answer(timeout_s) for engine in self._engines]
+            failed = [answer for answer in prepared if "error" in answer]
+            waiting = [e for e, a in zip(self._engines, prepared, strict=True) if a not in failed]
+            for engine in waiting:
+                engine.tell({"go": not failed})
+            return joined([*failed, *(engine.answer(timeout_s) for engine in waiting)])
         return joined([engine.answer(timeout_s) for engine in self._engines])
 
     def move(self, cores: list[int]) -> None:

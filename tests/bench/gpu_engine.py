@@ -2,7 +2,7 @@
 
     stdin    {"arm": "traced", "workload": [count, prompt, output], "seed": 3, "repeats": 1}
     fd N     {"waits": true}, when all is prepared
-    stdin    {"go": true}
+    stdin    {"go": true}; false if another replica could not prepare
     fd N     {"seconds": 1.84, "tokens": 36608, ...}
 
 At first there is {"ready": ...}, and in place of an answer there may be {"error": "..."}.
@@ -304,8 +304,10 @@ def main() -> None:
 
         def wait() -> None:
             answer(waits=True)
-            if not sys.stdin.readline():
+            if not (said := sys.stdin.readline()):
                 sys.exit()
+            if not json.loads(said)["go"]:
+                raise RuntimeError("another replica could not prepare")
 
         while line := sys.stdin.readline():
             try:
