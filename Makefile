@@ -105,7 +105,7 @@ bench-gpu: .venv/.ready  ## Measure on GPUs at real shapes (docs/benchmarks.md)
 	$(BIN)/python tests/bench/bench_gpu.py $(BENCH)
 
 soak: .venv/.ready  ## Ten rough minutes for a server on the CPU, and what must hold after them
-	$(ENGINE_ENV) OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/soak/soak.py $(SOAK)
+	$(ENGINE_ENV) OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/bench $(BIN)/python tests/soak/soak.py $(SOAK)
 
 clean:  ## Remove what make made, but for .venv
 	rm -rf $(DEMO) .demo-control .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

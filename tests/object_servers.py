@@ -6,12 +6,12 @@ which Moto loads, has things that must not be looked at.
 
 import http.client
 import logging
-import socket
 import subprocess
 import sys
 import threading
 
 import boto3
+from ports import free_port
 from werkzeug.serving import make_server
 
 S3 = """
@@ -116,9 +116,7 @@ class GcsServer:
     """
 
     def __init__(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self._process = subprocess.Popen(
             [sys.executable, "-c", GCS, str(port)],
             stdin=subprocess.PIPE,

@@ -1,7 +1,6 @@
 """Real replicas of the server, behind Ray Serve on this machine."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from contextlib import suppress
 import httpx
 import openai
 import psutil
+from ports import free_port
 from servers import Server
 
 CLI = [sys.executable, "-m", "moescope.deploy.ray_serve"]
@@ -19,9 +19,7 @@ class Replicas(Server):
     """A `python -m moescope.deploy.ray_serve` process; to clients it is one server."""
 
     def __init__(self, folder, model, *options, key, replicas=2, slots=4, lease_s=3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.store, self.masks = folder / "traces", folder / "masks"
         self.log = folder / "replicas.log"

@@ -11,6 +11,7 @@ from contextlib import suppress
 import httpx
 import openai
 from engines import traced_rows
+from ports import free_port
 
 PROMPT = [11, 12, 13, 14]
 
@@ -30,9 +31,7 @@ class Server:
         slots=2,
         own_mask=None,
     ):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.store, self.masks = folder / "traces", folder / "masks"
         self.log = folder / f"server-{name}.log"

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+from ports import free_port
 
 PROMPT, OUTPUT = 128, 128
 CPU_PROMPT, CPU_OUTPUT = 16, 16
@@ -39,9 +39,7 @@ class Server:
     """An OpenAI server: `plain` is vLLM's own, `ours` is `moescope serve`."""
 
     def __init__(self, kind: str, job: dict[str, Any], cores: list[int]) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         folder = Path(job["folder"])
         name = f"{job['shape']}-{job['card']}-{kind}-http"
         self.url = f"http://127.0.0.1:{port}"

@@ -10,6 +10,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from ports import free_port
 from servers import Server
 
 from moescope.clients.eval_tasks import run_tasks, write_tasks
@@ -202,8 +203,6 @@ class Proxy:
     """Passes everything on to the server, and from the `after`th completion on without the mask."""
 
     def __init__(self, target, after):
-        import socket
-
         self.completions = 0
         client = httpx.AsyncClient(base_url=target, timeout=60)
         app = FastAPI()
@@ -224,9 +223,7 @@ class Proxy:
             }
             return Response(answer.content, answer.status_code, kept)
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
         self._thread = threading.Thread(target=self._server.run)

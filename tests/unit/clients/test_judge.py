@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from ports import free_port
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from moescope.clients.judge import API_KEY_VARIABLE, EndpointJudge, RuleJudge, make_judge
@@ -93,9 +94,7 @@ class Remote:
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
             }  # fmt: skip
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._server = uvicorn.Server(
             uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning")
