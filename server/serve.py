@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from moescope.server.settings import ServerSettings, give_settings, load_server_settings
 from moescope.tracer.errors import InputError, MoescopeError
-from moescope.tracer.object_path import ObjectPath, Where, store_path
+from moescope.tracer.object_path import Where, check_bucket, store_path
 from moescope.tracer.settings import load_settings
 
 PLUGIN = "moescope"
@@ -53,9 +53,7 @@ def serve(
         masks=masks.absolute(), admin_key=None if admin_key is None else SecretStr(admin_key)
     )
     prepare_environment(os.environ, store=store, slots=slots, own_mask=own_mask)
-    place = load_settings().store
-    if place is not None and isinstance(path := store_path(place), ObjectPath):
-        path.check_bucket()  # before a model is loaded for minutes
+    check_bucket(load_settings().store)
     give_settings(settings)
     _run(["--model", model, *options], settings)
 

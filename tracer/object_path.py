@@ -261,6 +261,15 @@ def read_texts(files: Iterable[StorePath]) -> list[str]:
         return list(pool.map(lambda file: file.read_text(), files))
 
 
+def check_bucket(where: Where | None) -> None:
+    """StoreError if `where` lies in a bucket that is not there or can't be seen.
+
+    For what takes minutes before it writes: loading a model.
+    """
+    if where is not None and isinstance(path := store_path(where), ObjectPath):
+        path.check_bucket()
+
+
 def for_pyarrow(file: StorePath) -> Any:
     """What pyarrow's Parquet functions read: a path here as it is, an object opened."""
     return file.open_input() if isinstance(file, ObjectPath) else file

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from moescope.tracer.errors import MoescopeError, UnsupportedModelError
+from moescope.tracer.object_path import check_bucket
 from moescope.tracer.request import RESOLVED
 from moescope.tracer.settings import load_settings
 from moescope.tracer.vllm_frontend import process_inputs
@@ -108,6 +109,7 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
             # A compiled graph that was cached without our operator must not be taken for one
             # with it: additional_config is part of the cache's key.
             config.additional_config.setdefault("moescope", "route-1")
+        check_bucket(load_settings().store)
         original(self, *args, **kwargs)
         try:
             tracer = wrap_routers(self.model_runner.get_model(), config, self.device, _version())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from engine_process import ONE_PROCESS, finish, start
 from object_servers import GcsServer, S3Server
 from typer.testing import CliRunner
 
@@ -430,3 +432,18 @@ def test_a_job_is_traced_into_s3_as_into_a_folder_and_finished_there(bucket, spe
     # What is done is read from there, and nothing is loaded.
     said = moescope("trace", job, "--store", place, *given, "--max-model-len", 1024)
     assert "traced 0 requests, 0 tokens; 10 done before" in said
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("s3")
+def test_an_engine_looks_for_the_bucket_before_it_loads_a_model(specimen, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(
+        specimen("qwen3_moe"), model, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*")
+    )
+    job = {"model": str(model), "options": {}, "prompts": [], "rounds": []}
+    given = ONE_PROCESS | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with pytest.raises(AssertionError, match="Cannot find any model weights"):
+        finish(start(job, **given))
+    with pytest.raises(AssertionError, match="StoreError: there is no bucket 'no-such-bucket'"):
+        finish(start(job, **given, MOESCOPE_STORE="s3://no-such-bucket/traces"))
