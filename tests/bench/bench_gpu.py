@@ -541,6 +541,13 @@ def parse() -> argparse.Namespace:
         given.work = Path(tempfile.gettempdir()) / "moescope-bench"
     if not (given.cpu or given.shapes or given.table):
         parser.error("name config folders with --shapes, or use --cpu")
+    workloads = CPU_WORKLOADS if given.cpu else WORKLOADS
+    for option, names, known in (
+        ("--arms", given.arms, ARMS),
+        ("--workloads", given.workloads, workloads),
+    ):
+        if names and (unknown := set(names.split(",")) - set(known)):
+            parser.error(f"{option}: no {', '.join(sorted(unknown))}; there is {', '.join(known)}")
     return given
 
 
