@@ -1,6 +1,6 @@
 """`make bench`: what tracing costs an engine on this CPU, what the writer alone can do, and RD.
 
-Arms alternate within a run (A B A B ...) and ratios are taken pair by pair, since the speed of a
+Every round has all arms, in random order, and ratios are taken round by round, since the speed of a
 shared machine drifts; the medians are what to quote. docs/experiments.md keeps results.
 
     make bench                       everything
@@ -9,6 +9,7 @@ shared machine drifts; the medians are what to quote. docs/experiments.md keeps 
 
 import argparse
 import os
+import random
 import statistics
 import sys
 import tarfile
@@ -29,10 +30,11 @@ from moescope.tracer.sink import RingSink
 from moescope.tracer.store import committed_files, read_manifest, read_writers
 
 ESFT = Path(__file__).parents[3] / "shared/data/esft_routing/expert_scores.tar.xz"
+ARMS = ("plain", "idle", "null sink", "traced", "global mask", "8 masks")
 console = Console()
 
 
-def bench_engine(rounds: int, wanted: list[str] | None = None) -> None:
+def bench_engine(rounds: int, arms: list[str]) -> None:
     """Throughput of the demo model: plain, idle, recorded, traced to disk, and under masks.
 
     The masks have entries that change nothing, so that the experts stay the same: removing experts
@@ -91,11 +93,10 @@ def bench_engine(rounds: int, wanted: list[str] | None = None) -> None:
         table = Table("workload", "arm", "tokens/s", "ratio to plain: median", "min", "max")
         for name, (prompts, max_tokens) in workloads.items():
             tokens = sum(len(p["prompt_token_ids"]) + max_tokens - 1 for p in prompts)
-            arms = ["plain", *(wanted or ["idle", "null sink", "traced", "global mask", "8 masks"])]
             times: dict[str, list[float]] = {arm: [] for arm in arms}
             for index in range(rounds + 1):
-                # The order turns, so that no arm always follows the same other one.
-                for arm in arms[index % len(arms) :] + arms[: index % len(arms)]:
+                # No arm always follows the same other one.
+                for arm in random.Random(f"{name} {index}").sample(arms, len(arms)):
                     seconds = run(arm, prompts, max_tokens)
                     if index:  # the first round warms up
                         times[arm].append(seconds)
@@ -198,10 +199,14 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.benches) - benches.keys():
         parser.error(f"unknown benchmark {sorted(unknown)}; there are {', '.join(benches)}")
+    wanted = given.arms.split(",") if given.arms else ARMS
+    if unknown := set(wanted) - set(ARMS):
+        parser.error(f"--arms: no {', '.join(sorted(unknown))}; there is {', '.join(ARMS)}")
+    arms = [arm for arm in ARMS if arm in {"plain", *wanted}]
     for name in given.benches or benches:
         console.rule(name)
-        if name == "engine" and given.arms:
-            bench_engine(given.rounds, given.arms.split(","))
+        if name == "engine":
+            bench_engine(given.rounds, arms)
         else:
             benches[name](given.rounds)
 
