@@ -65,7 +65,7 @@ CREATE MACRO layer_load(
 SELECT
     layer,
     (sum(count) / (SELECT top_k FROM model))::BIGINT AS tokens,
-    abs(sum(share * ln(if(share > 0, share, 1)))) AS entropy,
+    abs(sum(share * ln(if(share > 0, share, 1)) ORDER BY expert)) AS entropy,
     entropy / nullif(ln(count(*)), 0) AS evenness,
     exp(entropy) AS effective,
     count(*) FILTER (count = 0) AS dead,

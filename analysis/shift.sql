@@ -22,19 +22,21 @@ FROM
 
 -- One row a layer. `total_variation`: the part of the layer's choices that moved to other experts,
 -- half the sum of |shift|; `jensen_shannon`: the Jensen-Shannon distance (the root of the divergence
--- in bits). Both lie between 0 and 1. `mass_moved`: total variation of the gate mass.
+-- in bits). Both lie between 0 and 1. `mass_moved`: total variation of the gate mass. Experts are
+-- added up in their order, so that the same store gives the same numbers to the last bit.
 CREATE MACRO layer_shift(
     run_a := NULL, run_b := NULL, condition_a := NULL, condition_b := NULL,
     mask_a := NULL, mask_b := NULL, in_segment := NULL
 ) AS TABLE
 SELECT
     layer,
-    sum(abs(shift)) / 2 AS total_variation,
+    sum(abs(shift) ORDER BY expert) / 2 AS total_variation,
     sqrt(abs(sum(
         share_a * log2(if(share_a > 0, 2 * share_a / (share_a + share_b), 1))
         + share_b * log2(if(share_b > 0, 2 * share_b / (share_a + share_b), 1))
+        ORDER BY expert
     )) / 2) AS jensen_shannon,
-    sum(abs(mass_share_b - mass_share_a)) / 2 AS mass_moved,
+    sum(abs(mass_share_b - mass_share_a) ORDER BY expert) / 2 AS mass_moved,
     arg_max(expert, (shift, -expert)) AS gained_most,
     max(shift) AS gain,
     arg_min(expert, (shift, expert)) AS lost_most,
@@ -119,7 +121,7 @@ CREATE MACRO kept_experts(
 SELECT
     layer, count(*) AS tokens,
     avg((len(list_intersect(experts_a, experts_b)) = top_k)::INTEGER) AS same_experts,
-    avg(len(list_intersect(experts_a, experts_b)) / top_k) AS kept
+    avg(len(list_intersect(experts_a, experts_b))) / any_value(top_k) AS kept
 FROM model, paired_routes(
     run_a := run_a, run_b := run_b, condition_a := condition_a, condition_b := condition_b,
     mask_a := mask_a, mask_b := mask_b, in_segment := in_segment
