@@ -307,11 +307,14 @@ def _latency(lines: list[Line]) -> list[str]:
 
 
 def _failures(lines: list[Line]) -> list[str]:
-    failed = {}
+    """Engines and arms that failed, and have not worked since."""
+    failed: dict[str, str] = {}
     for line in lines:
         if line["kind"] == "failed":
             texts = line["error"].strip().splitlines()
             named = [text for text in texts if "Error:" in text] or texts
             # An engine's log begins with the cause; an arm's traceback ends with it.
             failed[line.get("arm") or line["engine"]] = named[-1 if "arm" in line else 0].strip()
+        for worked in (line["engine"],) if line.get("ready") else line.get("arms", ()):
+            failed.pop(worked, None)
     return [f"Failed: {name}: `{text}`" for name, text in failed.items()]
