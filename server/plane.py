@@ -16,7 +16,7 @@ from moescope.server.logs import log_change
 from moescope.server.metrics import Counts
 from moescope.server.registry import Registry, StoredMask
 from moescope.server.wishes import check_run
-from moescope.tracer.errors import InputError, MoescopeError, StoreError
+from moescope.tracer.errors import InputError, StoreError
 from moescope.tracer.format import ModelFacts
 from moescope.tracer.mask import ComposeError, Mask, RouterSpec, check_mask, mask_in_force
 from moescope.tracer.mask_format import NO_MASK
@@ -116,11 +116,11 @@ class Plane:
             if key == before:
                 return key
             async with self.leases.without_idle() if self.composes else nullcontext():
-                await self._set_global(key, None if stored is None else stored.mask)
                 try:
+                    await self._set_global(key, None if stored is None else stored.mask)
                     await asyncio.to_thread(self.registry.set_steering, key, who)
-                except MoescopeError:
-                    # What is not on disk must not stay in force.
+                except Exception:
+                    # What is not on disk, or not in every replica, must not stay in force.
                     old = None if before is None else self.registry.resolve(before).mask
                     await self.engine.set_global(before, old)
                     raise

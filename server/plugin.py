@@ -29,6 +29,15 @@ from moescope.tracer.settings import load_settings
 
 logger = logging.getLogger("moescope")
 
+# vLLM's options with which an API server has only some of the replicas.
+_SOME_REPLICAS = (
+    "data_parallel_rank",
+    "data_parallel_start_rank",
+    "data_parallel_external_lb",
+    "data_parallel_hybrid_lb",
+    "data_parallel_multi_port_external_lb",
+)
+
 
 class ControlPlane:
     """vLLM's protocol of an endpoint plugin. Without a folder of masks there are only metrics."""
@@ -89,11 +98,22 @@ def check_arguments(args: Namespace, admin_key: str | None) -> None:
             f"--api-server-count {args.api_server_count}: the masks' slots are kept by one API "
             "server process; leave the option out"
         )
-    if (args.data_parallel_size or 1) > 1:
+    for option in _SOME_REPLICAS:
+        given = getattr(args, option, None)
+        if given is not None and given is not False:  # replica 0 is one of several, too
+            raise InputError(
+                f"--{option.replace('_', '-')}: a server is tried with all replicas of its engine, "
+                "on its own machine. Leave it out, or run several servers (docs/replicas.md)"
+            )
+    local, replicas = getattr(args, "data_parallel_size_local", None), args.data_parallel_size or 1
+    if local not in (None, replicas):
         raise InputError(
-            f"--data-parallel-size {args.data_parallel_size}: vLLM tells the control plane only "
-            "what the first replica answers to a mask. Start a server for each replica, or trace "
-            "and steer them from Python"
+            f"--data-parallel-size-local {local}: of {replicas} replicas all must run on this "
+            "machine; leave it out"
+        )
+    if getattr(args, "data_parallel_backend", "mp") != "mp":
+        raise InputError(
+            f"--data-parallel-backend {args.data_parallel_backend}: not tried; leave it out"
         )
     for option in ("headless", "grpc"):
         if getattr(args, option, False):

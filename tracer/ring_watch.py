@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -131,16 +131,19 @@ class RingWatch:
 
 def joined_counts(counts: Sequence[RingCounts]) -> RingCounts:
     """One of all rings of an engine: a pipeline has one a stage, each with every token."""
-    return RingCounts(
+    return replace(
+        summed_counts(counts),
         tokens=max(each.tokens for each in counts),
         requests=max(each.requests for each in counts),
-        dropped_rows=sum(each.dropped_rows for each in counts),
         dropped_requests=max(each.dropped_requests for each in counts),
-        slots=sum(each.slots for each in counts),
-        slots_in_use=sum(each.slots_in_use for each in counts),
+    )
+
+
+def summed_counts(counts: Sequence[RingCounts]) -> RingCounts:
+    """One of engines that have requests of their own; the longest of their lags."""
+    names = {field.name for field in fields(RingCounts)} - {"lag_s", "up"}
+    return RingCounts(
+        **{name: sum(getattr(each, name) for each in counts) for name in names},
         lag_s=max(each.lag_s for each in counts),
         up=all(each.up for each in counts),
-        files=sum(each.files for each in counts),
-        rows=sum(each.rows for each in counts),
-        bytes=sum(each.bytes for each in counts),
     )

@@ -9,19 +9,32 @@ from moescope.tracer.mask import SignatureError
 
 
 class Client:
-    """vLLM's client, with workers that answer as told."""
+    """vLLM's client, with workers that answer as told: those of one replica, or `replicas`."""
 
-    def __init__(self, *answers, error=None):
-        self.answers, self.error = answers, error
+    def __init__(self, *answers, replicas=None, error=None):
+        self.replicas, self.error = replicas or [answers], error
         self.input_processor = SimpleNamespace()
         self.called = []
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_size=len(self.replicas))
+        )
+        self.asked = []
 
-    async def collective_rpc(self, method, args=()):
+    @property
+    def engine_core(self):
+        return self
+
+    async def call_utility_all_async(self, utility, method, timeout, args, kwargs):
+        assert (utility, timeout, kwargs) == ("collective_rpc", None, None)
         salt = getattr(self.input_processor, "moescope_salt", None)
         self.called.append((method, args, salt))
         if self.error is not None:
             raise self.error
-        return list(self.answers)
+        return [list(answers) for answers in self.replicas]
+
+    async def generate(self, prompt, params, request_id, data_parallel_rank):  # noqa: ARG002
+        self.asked.append(data_parallel_rank)
+        yield
 
 
 def status(rank, attached, **counts):
@@ -40,6 +53,38 @@ def test_stages_that_all_record_are_counted_together():
     stages = status(0, True, dropped_rows=3), status(1, True, dropped_rows=4, silence="layer 9")
     joined = asyncio.run(VllmEngine(Client(*stages)).sync())
     assert (joined["dropped_rows"], joined["silence"]) == (7, "layer 9")
+
+
+def test_replicas_are_counted_together():
+    rings = {"ring": "a"}, {"ring": "b"}, {"ring": "c"}
+    first = status(0, True, live=2, dropped_rows=1) | rings[0], status(1, True, live=2) | rings[1]
+    second = (status(0, True, live=3, dropped_rows=4) | rings[2],)
+    seen = asyncio.run(VllmEngine(Client(replicas=[first, second])).sync())
+    assert (seen["live"], seen["dropped_rows"], seen["attached"]) == (5, 5, True)
+    assert seen["rings"] == [["a", "b"], ["c"]]
+    # One that did not attach the store would lose its requests' rows in silence.
+    second = (status(0, False),)
+    assert not asyncio.run(VllmEngine(Client(replicas=[first, second])).status())["attached"]
+
+
+def test_every_replica_is_proved():
+    one = (status(0, True),)
+    client = Client(replicas=[one, one, one])
+    asyncio.run(VllmEngine(client).prove())
+    assert client.asked == [0, 1, 2]
+    client = Client(replicas=[one, (status(0, True, silence="layer 9"),)])
+    with pytest.raises(UnsupportedModelError, match="layer 9"):
+        asyncio.run(VllmEngine(client).prove())
+
+
+def test_a_change_is_made_when_every_replica_has_made_it(mask):
+    one, done, busy = mask("calm", 1), [{"busy": False}], [{"busy": True}]
+    assert asyncio.run(VllmEngine(Client(replicas=[done, done])).load_mask(1, "k", one))
+    assert not asyncio.run(VllmEngine(Client(replicas=[done, busy])).load_mask(1, "k", one))
+    assert not asyncio.run(VllmEngine(Client(replicas=[busy, done])).unload([1]))
+    refuses = [{"error": "InputError", "message": "why"}]
+    with pytest.raises(InputError, match="why"):
+        asyncio.run(VllmEngine(Client(replicas=[done, refuses])).set_global("k", one))
 
 
 def test_a_model_that_no_worker_can_trace():

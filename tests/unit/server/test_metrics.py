@@ -20,7 +20,7 @@ from moescope.server.settings import ServerSettings
 from moescope.tracer.errors import TracerError
 from moescope.tracer.format import ModelFacts, MoeShape
 from moescope.tracer.ring import Rows
-from moescope.tracer.ring_watch import RingWatch, joined_counts
+from moescope.tracer.ring_watch import RingWatch, joined_counts, summed_counts
 from moescope.tracer.settings import Settings
 from moescope.tracer.sink import RingSink
 from moescope.tracer.store import read_writers
@@ -77,7 +77,7 @@ def answered(counts, mask=None, status=200, reason=None):
 
 
 def test_names_by_convention(sink, make_plane):
-    _, families = page([RingWatch(sink.where)], make_plane())
+    _, families = page([[RingWatch(sink.where)]], make_plane())
     assert {family.name for family in families} == {
         "moescope_build_info",
         *(f"moescope_{name}" for name in (
@@ -109,7 +109,7 @@ def test_what_the_writer_does_is_seen_from_outside(sink, tmp_path):
     assert (counts.tokens, counts.requests, counts.slots_in_use) == (15, 3, 0)
     assert (counts.rows, counts.files, counts.bytes) == (writer.rows, writer.files, writer.bytes)
     assert counts.lag_s == 0
-    samples, _ = page([watch])
+    samples, _ = page([[watch]])
     assert samples["moescope_tokens_traced_total"] == [({}, 15)]
     assert samples["moescope_store_bytes_total"] == [({}, writer.bytes)]
 
@@ -139,7 +139,7 @@ def test_a_writer_that_hangs_or_dies_is_seen_and_the_numbers_stay(sink):
     assert (dead.tokens, dead.rows) == (9, 5)
     late = RingWatch(sink.where)  # a server that comes when the writer is gone
     assert not late.counts().up
-    assert page([late])[0]["moescope_writer_up"] == [({}, 0)]
+    assert page([[late]])[0]["moescope_writer_up"] == [({}, 0)]
     watch.close()
     assert not watch.counts().up
 
@@ -164,6 +164,10 @@ def test_stages_of_a_pipeline_are_one_engine(tmp_path):
     sinks[0].close()
     again = joined_counts([RingWatch(sinks[1].where).counts()] * 2)
     assert again.slots == 2 * RingWatch(sinks[1].where).counts().slots
+    # Replicas have requests of their own.
+    two = summed_counts([again, again])
+    assert (two.tokens, two.requests, two.rows, two.up) == (10, 2, 20, True)
+    assert (two.lag_s, two.slots) == (again.lag_s, 2 * again.slots)
     sinks[1].close()
 
 
@@ -215,7 +219,7 @@ def test_deleted_masks_are_forgotten_and_labels_have_a_bound(monkeypatch):
 
 
 def test_the_page_of_a_server_whose_ring_is_elsewhere_has_the_rest(sink, make_plane, caplog):
-    collector = serve_metrics({"rings": [sink.where | {"engine": 2**22 - 1}]}, make_plane())
+    collector = serve_metrics({"rings": [[sink.where | {"engine": 2**22 - 1}]]}, make_plane())
     try:
         text = generate_latest(REGISTRY).decode()
     finally:
@@ -238,8 +242,12 @@ def test_a_server_without_control_plane_has_the_tracers_metrics(sink, monkeypatc
             "ring": sink.where,
         }
 
-        async def collective_rpc(self, method, args):  # noqa: ARG002
-            return [self.answer]
+        @property
+        def engine_core(self):
+            return self
+
+        async def call_utility_all_async(self, *_):
+            return [[self.answer]]
 
     monkeypatch.setattr(settings, "_given", ServerSettings(masks=None))
     before = set(REGISTRY._collector_to_names)

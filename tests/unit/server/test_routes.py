@@ -115,6 +115,25 @@ def test_a_global_mask_that_can_not_be_kept_is_taken_back(client, plane, engine,
     assert engine.steering is None
 
 
+def test_a_global_mask_that_one_replica_refuses_is_taken_back_from_the_others(
+    client, engine, monkeypatch
+):
+    for name in ("calm", "storm"):
+        client.put(f"/v1/masks/{name}", json=MASK | {"name": name})
+    client.put("/v1/steering", json={"mask": "calm"})
+    change = engine.set_global
+
+    async def refuse_once(*args):
+        monkeypatch.setattr(engine, "set_global", change)
+        await change(*args)
+        raise TracerError("the second replica has no room")
+
+    monkeypatch.setattr(engine, "set_global", refuse_once)
+    assert code(client.put("/v1/steering", json={"mask": "storm"})) == 503
+    assert engine.steering == "calm@1"
+    assert client.get("/v1/steering").json()["mask"] == "calm@1"
+
+
 def test_a_global_mask_that_cannot_join_a_requests_own_is_refused(make_plane, engine, mask):
     plane = make_plane(composes=True)
     client = client_of(plane)

@@ -45,12 +45,23 @@ def test_plugins_that_the_user_named_stay():
 def test_options_that_are_refused():
     check_arguments(arguments(), None)
     check_arguments(arguments(api_server_count=1, host="0.0.0.0"), "key")
+    here = {"data_parallel_size_local": 2, "data_parallel_hybrid_lb": False}
+    check_arguments(arguments(data_parallel_size=2, data_parallel_rank=None, **here), None)
     for fields, words in [
         ({"host": "0.0.0.0"}, "admin key"),
         ({"host": None}, "every address"),
         ({"uds": "/tmp/s"}, "admin key"),
         ({"api_server_count": 2}, "--api-server-count 2"),
-        ({"data_parallel_size": 2}, "--data-parallel-size 2"),
+        ({"data_parallel_size": 2, "data_parallel_rank": 0}, "--data-parallel-rank"),
+        ({"data_parallel_size": 2, "data_parallel_hybrid_lb": True}, "--data-parallel-hybrid-lb"),
+        (
+            {"data_parallel_size": 4, "data_parallel_size_local": 2},
+            "--data-parallel-size-local 2: of 4",
+        ),
+        (
+            {"data_parallel_size": 2, "data_parallel_backend": "ray"},
+            "--data-parallel-backend ray",
+        ),
         ({"headless": True}, "--headless"),
         ({"grpc": True}, "--grpc"),
     ]:
