@@ -26,7 +26,10 @@ from pathlib import Path
 import torch
 
 ANSWER, STEPS = "answer: ", 8
-_PATH = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+# Where a process finds this module, as its workers must for `Collectives`.
+PYTHONPATH = os.pathsep.join(
+    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 # One thread: more of them would wait for one another while other engines run.
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 
@@ -41,7 +44,7 @@ def start(job, **environment):
         stdin=given,
         stdout=output,
         stderr=errors,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(_PATH)} | environment,
+        env=os.environ | {"PYTHONPATH": PYTHONPATH} | environment,
     )
     return process, output, errors
 

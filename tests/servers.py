@@ -12,6 +12,9 @@ import httpx
 import openai
 from engines import traced_rows
 from ports import free_port
+from prometheus_client.parser import text_string_to_metric_families
+
+from moescope.analysis import open_store
 
 PROMPT = [11, 12, 13, 14]
 
@@ -64,8 +67,8 @@ class Server:
             base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=0
         )
 
-    def wait(self):
-        deadline = time.monotonic() + 180
+    def wait(self, timeout_s=180):
+        deadline = time.monotonic() + timeout_s
         while True:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -89,9 +92,11 @@ class Server:
         mask = {"name": name, "entries": entries} | fields
         return self.admin.put(f"/v1/masks/{name}", json=mask)
 
-    def complete(self, mask=None, example=None, **fields):
+    def complete(self, mask=None, example=None, headers=(), **fields):
         """(headers, text) of one completion."""
-        headers = {} if mask is None else {"X-Steering-Mask": mask}
+        headers = dict(headers)
+        if mask is not None:
+            headers["X-Steering-Mask"] = mask
         if example is not None:
             headers["X-Trace-Run"] = fields.pop("run", "run")
             fields["extra_body"] = {
@@ -114,6 +119,26 @@ class Server:
                     return {example: rows[example][1] for example in examples}
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+    def masks_of(self, example):
+        """What the trace says was in force, token by token."""
+        rows = open_store(self.store).execute(
+            "SELECT tokens.mask FROM tokens JOIN requests USING (request_id) "
+            "WHERE example_id = ? ORDER BY position",
+            [example],
+        )
+        return [mask for (mask,) in rows.fetchall()]
+
+    def scrape(self):
+        """{(name, label value or None): value} of our metrics."""
+        page = httpx.get(f"{self.url}/metrics")
+        assert page.status_code == 200
+        return {
+            (sample.name, next(iter(sample.labels.values()), None)): sample.value
+            for family in text_string_to_metric_families(page.text)
+            for sample in family.samples
+            if sample.name.startswith("moescope_") and sample.name != "moescope_build_info"
+        }
 
     def slots_in_use(self):
         return self.admin.get("/v1/moe").json()["slots"]["in_use"]

@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from servers import PROMPT, Server
 
 from moescope.analysis import open_store
@@ -41,21 +40,9 @@ def server(specimen, tmp_path_factory):
         server.stop()
 
 
-def scrape(server):
-    """{(name, label value or None): value} of our metrics."""
-    page = httpx.get(f"{server.url}/metrics")
-    assert page.status_code == 200
-    return {
-        (sample.name, next(iter(sample.labels.values()), None)): sample.value
-        for family in text_string_to_metric_families(page.text)
-        for sample in family.samples
-        if sample.name.startswith("moescope_") and sample.name != "moescope_build_info"
-    }
-
-
 def scrape_until(server, ready):
     deadline = time.monotonic() + 30
-    while not ready(found := scrape(server)):
+    while not ready(found := server.scrape()):
         assert time.monotonic() < deadline, found
         time.sleep(0.05)
     return found
@@ -100,7 +87,7 @@ def test_what_was_served_is_what_is_counted_and_stored(server):
     assert "vllm:" in httpx.get(f"{server.url}/metrics").text
     server.put("calm", 1, 2, 3)
     server.put("storm", 4, 5)
-    before = scrape(server)
+    before = server.scrape()
     assert before["moescope_masks", None] == 2
     assert before["moescope_mask_slots", None] == 2
     assert before["moescope_writer_up", None] == 1
@@ -121,7 +108,7 @@ def test_what_was_served_is_what_is_counted_and_stored(server):
         extra_headers={"X-Steering-Mask": "calm"}, extra_body={"ignore_eos": True},
     )  # fmt: skip
     next(iter(stream))
-    assert scrape(server)["moescope_mask_slots_in_use", None] == 1
+    assert server.scrape()["moescope_mask_slots_in_use", None] == 1
     stream.close()
 
     rows = 2 * 9 + 3 * 9 + (9 + 7) + 9
@@ -147,14 +134,14 @@ def test_what_was_served_is_what_is_counted_and_stored(server):
     assert idle["moescope_ring_slots_in_use", None] == 0
     server.put("brief", 1)
     ask(server, "brief")
-    assert scrape(server)["moescope_requests_steered_total", "brief@1"] == 1
+    assert server.scrape()["moescope_requests_steered_total", "brief@1"] == 1
     server.admin.delete("/v1/masks/brief")
-    assert ("moescope_requests_steered_total", "brief@1") not in scrape(server)
+    assert ("moescope_requests_steered_total", "brief@1") not in server.scrape()
 
 
 def test_every_refusal_is_counted_by_its_reason(server):
     server.put("calm", 1, 2, 3)
-    before = scrape(server)
+    before = server.scrape()
     with pytest.raises(openai.NotFoundError):
         ask(server, "nobody")
     for mask in ("calm@x", "calm storm"):
@@ -173,7 +160,7 @@ def test_every_refusal_is_counted_by_its_reason(server):
     assert httpx.post(
         f"{server.url}/tokenize", json={}, headers={"X-Steering-Mask": "calm"}
     ).status_code == 422  # fmt: skip
-    assert steps(before, scrape(server)) == {
+    assert steps(before, server.scrape()) == {
         ("moescope_requests_rejected_total", reason): count
         for reason, count in {
             "unknown": 2, "invalid": 3, "other_model": 1, "unauthorized": 1, "vllm": 2
@@ -184,7 +171,7 @@ def test_every_refusal_is_counted_by_its_reason(server):
 def test_no_free_slot_is_a_reason(server):
     for name in ("calm", "storm", "third"):
         server.put(name, 6)
-    before = scrape(server)
+    before = server.scrape()
     streams = [
         server.openai.completions.create(
             model="specimen", prompt=PROMPT, max_tokens=3000, stream=True,
@@ -193,13 +180,13 @@ def test_no_free_slot_is_a_reason(server):
         for mask in ("calm", "storm")
     ]  # fmt: skip
     try:
-        assert scrape(server)["moescope_mask_slots_in_use", None] == 2
+        assert server.scrape()["moescope_mask_slots_in_use", None] == 2
         with pytest.raises(openai.RateLimitError):
             ask(server, "third")
     finally:
         for stream in streams:
             stream.close()
-    assert steps(before, scrape(server))["moescope_requests_rejected_total", "no_slot"] == 1
+    assert steps(before, server.scrape())["moescope_requests_rejected_total", "no_slot"] == 1
 
 
 def test_a_request_has_one_line_whose_id_is_in_the_answer_and_in_the_store(server):
@@ -297,7 +284,7 @@ def test_a_writer_that_hangs_and_one_that_dies_are_seen(server):
         ("moescope_store_rows_total", None)) == traced)  # fmt: skip
     scrape_until(server, lambda now: now["moescope_writer_lag_seconds", None] == 0)
     [counters] = read_writers(server.store)
-    assert counters.dropped_rows == scrape(server)["moescope_rows_dropped_total", None]
+    assert counters.dropped_rows == server.scrape()["moescope_rows_dropped_total", None]
 
     os.kill(writer, signal.SIGKILL)
     dead = scrape_until(server, lambda now: now["moescope_writer_up", None] == 0)

@@ -13,7 +13,6 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from servers import PROMPT, Server
 
-from moescope.analysis import open_store
 from moescope.clients.generate import generate
 from moescope.server.audit import replay
 from moescope.server.registry import Registry
@@ -249,16 +248,6 @@ def test_a_mask_that_is_deleted_steers_to_the_end_of_its_requests(server):
     assert not np.isin(experts, [7, 8]).any()
 
 
-def masks_of(server, example):
-    """What the trace says was in force, token by token."""
-    rows = open_store(server.store).execute(
-        "SELECT tokens.mask FROM tokens JOIN requests USING (request_id) "
-        "WHERE example_id = ? ORDER BY position",
-        [example],
-    )
-    return [mask for (mask,) in rows.fetchall()]
-
-
 def test_the_global_mask_reaches_running_requests(server):
     server.complete("none", "unsteered", max_tokens=60)
     trace = {"vllm_xargs": {"moescope_example_id": "running", "moescope_run": "run"}}
@@ -273,7 +262,7 @@ def test_the_global_mask_reaches_running_requests(server):
     server.complete(None, "under-storm")
     server.complete("calm", "under-calm")
     rows = server.rows(["running", "unsteered", "not-even-that", "under-storm", "under-calm"])
-    steered = np.array([mask == "storm@1" for mask in masks_of(server, "running")])
+    steered = np.array([mask == "storm@1" for mask in server.masks_of("running")])
     assert len(steered) == len(PROMPT) + 1000 - 1
     # One change, while it ran, from the token on of which the trace says so.
     assert not steered[:10].any()
@@ -418,7 +407,7 @@ def test_an_own_mask_and_the_global_one_are_both_in_force(composing):
     assert np.isin(rows["global"], [1, 2, 3]).any()
     assert np.isin(rows["free"], [1, 2, 3, 4, 5]).any()
     for example, key in said.items():
-        assert set(masks_of(composing, example)) == {key}
+        assert set(composing.masks_of(example)) == {key}
 
 
 def test_a_global_change_reaches_running_requests_with_their_own_mask(composing):
@@ -436,7 +425,7 @@ def test_a_global_change_reaches_running_requests_with_their_own_mask(composing)
     for _ in events:
         pass
     experts = composing.rows(["running"])["running"]
-    masks = masks_of(composing, "running")
+    masks = composing.masks_of("running")
     both = np.array([mask == "storm@1+calm@1" for mask in masks])
     assert set(masks) == {"calm@1", "storm@1+calm@1"}
     assert np.count_nonzero(np.diff(both.astype(int))) == 1

